@@ -1,0 +1,38 @@
+"""MELODI and the memory transformers it is compared with, as Hugging Face models.
+
+Importing the package registers every model with the Auto classes of transformers.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .models.cache import MelodiCache
+from .models.configuration_melodi import MelodiConfig
+from .models.configuration_transformer_xl import TransformerXLConfig
+from .models.meliad import from_meliad
+from .models.modeling_melodi import MelodiForCausalLM, MelodiModel
+from .models.modeling_transformer_xl import TransformerXLForCausalLM, TransformerXLModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MelodiCache",
+    "MelodiConfig",
+    "MelodiForCausalLM",
+    "MelodiModel",
+    "TransformerXLConfig",
+    "TransformerXLForCausalLM",
+    "TransformerXLModel",
+    "from_meliad",
+]
+
+for config, model, language_model in (
+    (MelodiConfig, MelodiModel, MelodiForCausalLM),
+    (TransformerXLConfig, TransformerXLModel, TransformerXLForCausalLM),
+):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, language_model, exist_ok=True)
+    # What is saved carries its code along, and loads where this package is not installed.
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")
+    language_model.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,13 @@
+"""Logits become numbers, numbers become tables: read these files in this order.
+
+perplexity     whole documents through the memory, scored with it and without
+continuation   documents of any length, continued from what the memory holds
+tables, plots  results as Markdown and as pictures
+cards          the model card of a run
+loading        models from folders and from the Hub
+"""
+
+from melodi_hf.evaluation.continuation import continue_text, read_and_continue
+from melodi_hf.evaluation.perplexity import evaluate_perplexity
+
+__all__ = ["continue_text", "evaluate_perplexity", "read_and_continue"]

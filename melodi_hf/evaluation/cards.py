@@ -1,0 +1,260 @@
+"""A model card from the results of a run: the template filled in, each number generated."""
+
+import json
+import re
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from transformers import AutoConfig, PreTrainedConfig
+
+import melodi_hf  # noqa: F401  AutoConfig knows our models from now on
+from melodi_hf.evaluation.tables import (
+    Results,
+    evaluation_table,
+    format_cell,
+    markdown_table,
+    percent,
+    position_table,
+)
+
+TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
+SYSTEMS = {"melodi": "MELODI", "transformer_xl": "Transformer-XL"}
+LIBRARY = "Python's standard library"
+PLOT = "perplexity_by_position.png"  # what a run calls its plot
+EMPTY_SECTION = re.compile(r"^## [^\n]+\n\s*(?=^## |\Z)", re.MULTILINE)
+
+CITATIONS = {
+    "melodi": """
+@inproceedings{chen2025melodi,
+  title = {{MELODI}: Exploring Memory Compression for Long Contexts},
+  author = {Chen, Yinpeng and Hutchins, DeLesley and Jansen, Aren and Zhmoginov, Andrey and
+            Racz, David and Andersen, Jesper},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
+  url = {https://arxiv.org/abs/2410.03156}
+}""",
+    "transformer_xl": """
+@inproceedings{dai2019transformer,
+  title = {{Transformer-XL}: Attentive Language Models beyond a Fixed-Length Context},
+  author = {Dai, Zihang and Yang, Zhilin and Yang, Yiming and Carbonell, Jaime and Le, Quoc V. and
+            Salakhutdinov, Ruslan},
+  booktitle = {Annual Meeting of the Association for Computational Linguistics},
+  year = {2019},
+  url = {https://arxiv.org/abs/1901.02860}
+}""",
+}
+
+SNIPPET = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
+text = tokenizer.eos_token + "A document of any length. " * 200  # eos begins every document
+ids = tokenizer(text, return_tensors="pt").input_ids
+with torch.no_grad():
+    first = model(ids[:, :-1])  # a document of any length, in pieces of any length
+    memory = first.past_key_values  # all that is kept of it
+    mask = torch.ones_like(ids)  # of the whole length: the ids below go on from the memory
+    output = model.generate(
+        ids[:, -1:], attention_mask=mask, past_key_values=memory, max_new_tokens=20
+    )
+print(tokenizer.decode(output[0]))"""
+
+CARRYING = """\
+A call without `past_key_values` begins a document with an empty memory; a call with those of the
+call before goes on where that one ended. The memory is changed in place and does not grow."""
+
+
+def write_card(
+    run_dir: str | Path,
+    results: Results,
+    *,
+    template: str | Path = TEMPLATE,
+    repo_id: str | None = None,
+    license: str = "apache-2.0",
+) -> Path:
+    """Write the card of the model in `run_dir`, named after its place on the Hub if it has one."""
+    run_dir = Path(run_dir)
+    config = AutoConfig.from_pretrained(run_dir)
+    corpus = describe_corpus(results)
+    title = f"{SYSTEMS[config.model_type]}, {describe_size(results['parameters'])}, {corpus}"
+    fields = {
+        "front_matter": front_matter(results, title, license),
+        "title": title,
+        "summary": f"A memory transformer trained on {corpus}: it reads a document of any length "
+        f"in windows of {config.window_length} tokens and holds a memory of constant size.",
+        "snippet": SNIPPET.format(name=repo_id or shown(run_dir)),
+        "carrying": CARRYING,
+        "memory": describe_memory(config),
+        "evaluation": describe_evaluation(results, run_dir),
+        "limits": describe_limits(results),
+        "training": describe_training(results),
+        "data": f"Weights and code: {license}. {describe_rights(results)}",
+        "citation": f"```bibtex{CITATIONS[config.model_type]}\n```",
+    }
+    text = Template(Path(template).read_text(encoding="utf-8")).substitute(fields)
+    path = run_dir / "README.md"
+    path.write_text(EMPTY_SECTION.sub("", text), encoding="utf-8")
+    return path
+
+
+def front_matter(results: Results, title: str, license: str) -> str:
+    """The card's metadata, with the measured perplexities as the Hub understands them."""
+    data, corpus = results["recipe"]["data"], describe_corpus(results)
+    measured = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data["source"],
+            dataset_name=f"{corpus}, memory {name}",
+            dataset_config=name,  # results of one dataset and configuration would be merged
+            metric_type="perplexity",
+            metric_name="perplexity per token",
+            metric_value=round(setting["perplexity_per_token"], 4),
+        )
+        for name, setting in results["evaluation"]["settings"].items()
+    ]
+    card = ModelCardData(
+        license=license,
+        language=["en", "code"] if data["source"] == "standard_library" else ["en"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["long-context", "memory"],
+        datasets=[data["source"]] if "/" in data["source"] else None,
+        metrics=["perplexity"],
+        model_name=title,
+        eval_results=measured,
+    )
+    return card.to_yaml()
+
+
+def describe_corpus(results: Results) -> str:
+    """What was trained on, in a few words."""
+    data = results["recipe"]["data"]
+    if data["source"] == "files":
+        return ", ".join(Path(file).name.split(".")[0] for file in data["files"])
+    return LIBRARY if data["source"] == "standard_library" else data["source"]
+
+
+def describe_size(parameters: int) -> str:
+    """142K parameters, 3.46M parameters, 1.2B parameters."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= size:
+            return f"{parameters / size:.3g}{letter} parameters"
+    return f"{parameters} parameters"
+
+
+def shown(run_dir: Path) -> str:
+    """The folder as seen from here; its name alone if it lies elsewhere."""
+    folder, here = run_dir.resolve(), Path.cwd()
+    return folder.relative_to(here).as_posix() if folder.is_relative_to(here) else folder.name
+
+
+def describe_memory(config: PreTrainedConfig) -> str:
+    """One row per kind of memory: how far it reaches and how much it holds."""
+    total = config.memory_floats()
+    rows = [(kind, reach, floats, 2 * floats) for kind, reach, floats in memory_kinds(config)]
+    if len(rows) > 1:
+        rows.append(("together", "", total, 2 * total))
+    assert sum(row[2] for row in rows[: -1 if len(rows) > 1 else None]) == total
+    headers = ["memory", "reaches", "numbers per document", "bytes in bfloat16"]
+    return (
+        f"{markdown_table(headers, rows)}\n\n"
+        f"Within a window of {config.window_length} tokens everything is attended to; of what came "
+        "before only this is kept, however long the document is."
+    )
+
+
+def memory_kinds(config: PreTrainedConfig) -> list[tuple[str, str, int]]:
+    """Name, reach and size of each memory that the configuration asks for."""
+    total = config.memory_floats()
+    if config.model_type != "melodi":
+        return [("keys and values", f"{config.window_length:,} tokens, exactly", total)]
+    short = config.num_short_memory_tokens * config.num_hidden_layers * config.hidden_size
+    kinds = []
+    if short:
+        reach = "no fixed end: each window is summed up with the summary before it, and fades"
+        name = f"short-term, {config.num_short_memory_tokens} tokens per layer"
+        kinds.append((name, reach, short))
+    if total > short:
+        added = max(1, config.num_long_memory_tokens)
+        windows = config.long_memory_length // added
+        tokens = windows * config.window_length
+        reach = f"the last {windows} windows, {tokens:,} tokens; then dropped"
+        kinds.append((f"long-term, {added} tokens per window", reach, total - short))
+    return kinds
+
+
+def describe_evaluation(results: Results, run_dir: Path) -> str:
+    """The table of the settings, how they were measured, the one by position, and its plot."""
+    evaluation = results["evaluation"]
+    parts = [
+        evaluation_table(evaluation),
+        f"{evaluation['documents']} whole documents that were not trained on, each token scored "
+        "once. Carried: the memory goes from window to window; emptied: it is emptied before every "
+        f"window. One run, seed {results['seed']}.",
+        position_table(evaluation),
+    ]
+    if (run_dir / PLOT).is_file():
+        parts.append(f"![Perplexity by position in the document]({PLOT})")
+    if results["continuation"] is not None:
+        parts += describe_continuation(results["continuation"])
+    return "\n\n".join(parts)
+
+
+def describe_continuation(continuation: dict[str, Any]) -> list[str]:
+    """The end of what was read, and how the model went on."""
+    return [
+        f"After {continuation['tokens_read']:,} tokens of test documents, of which it held "
+        f"{continuation['memory_bytes']:,} bytes, the model read",
+        f"````text\n{continuation['read']}\n````",
+        "and went on, always with the likeliest token,",
+        f"````text\n{continuation['written']}\n````",
+    ]
+
+
+def describe_limits(results: Results) -> str:
+    """What the model was not made for, and what its memory does not do."""
+    lines = [f"Trained on {describe_corpus(results)} only, and not to follow instructions."]
+    worth = results["evaluation"]["worth"]
+    if worth is not None:
+        lines.append(
+            f"On the documents above the memory is worth {percent(worth)} of the perplexity per "
+            "token; what lies behind the window is kept compressed, not word for word."
+        )
+    return "\n".join(lines)
+
+
+def describe_training(results: Results) -> str:
+    """What was run, on what, for how long; the recipe in full."""
+    history = results["training"]["history"]
+    rows = [
+        ("recipe", f"`{results['name']}`, commit `{str(results['commit'])[:12]}`"),
+        ("tokens read", f"{history[-1]['tokens']:,} in {history[-1]['step']:,} steps"),
+        ("last training loss", f"{history[-1]['loss']:.3f} nats per token"),
+        ("hardware", flat(results["hardware"])),
+        ("minutes", format_cell(results["minutes"])),
+        ("tokens per second", format_cell(results["tokens_per_second"])),
+        ("peak memory, GB", format_cell(results["peak_memory_gb"])),
+        ("versions", flat(results["versions"])),
+    ]
+    recipe = json.dumps(results["recipe"], indent=2)
+    return f"{markdown_table(['', ''], rows)}\n\n```json\n{recipe}\n```"
+
+
+def flat(value: Any) -> str:
+    """A word, or the pairs of a dictionary on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {flat(each)}" for name, each in value.items())
+    return str(value)
+
+
+def describe_rights(results: Results) -> str:
+    """Who may do what with the text that was trained on."""
+    corpus = describe_corpus(results)
+    if corpus == LIBRARY:
+        return f"The text, the sources of {LIBRARY}, is under the PSF License Agreement."
+    return f"The text, {corpus}, keeps the licence of its sources."

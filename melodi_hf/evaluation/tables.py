@@ -1,0 +1,181 @@
+"""Results become tables, plots and model cards; nobody types a number.
+
+    model_cards/results/<recipe>.json   what a run measured
+    benchmarks/results/<name>.json      what a benchmark measured
+
+`python -m melodi_hf.evaluation.tables README.md` renews every block of a file that stands between
+`<!-- table: NAME -->` and `<!-- end -->`; model_cards/README.md lists the names.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, Any]  # the JSON of one run
+Evaluation = dict[str, Any]  # what evaluate_perplexity returns
+
+OPENING = "<!-- table: "
+BLOCK = re.compile(rf"({OPENING}(\S+) -->\n)(?:(?!{OPENING}).)*?(<!-- end -->)", re.DOTALL)
+EVALUATION_HEADERS = [
+    "memory",
+    "tokens scored",
+    "perplexity per token",
+    "perplexity per word",
+    "bits per byte",
+    "worth of the memory",
+]
+
+
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; columns of numbers are set to the right."""
+    rows = [list(row) for row in rows]
+    for row in rows:
+        if len(row) != len(headers):
+            raise ValueError(f"a row has {len(row)} cells, the table {len(headers)} columns: {row}")
+    columns = [[row[i] for row in rows] for i in range(len(headers))]
+    lines = [
+        " | ".join(headers),
+        "|".join("--:" if is_numeric(column) else "---" for column in columns),
+        *(" | ".join(map(format_cell, row)) for row in rows),
+    ]
+    return "\n".join(f"| {line} |" if i != 1 else f"|{line}|" for i, line in enumerate(lines))
+
+
+def is_numeric(column: Sequence[Any]) -> bool:
+    """Whether a column holds numbers and blanks only."""
+    cells = [cell for cell in column if cell is not None]
+    return bool(cells) and all(type(cell) in (int, float) for cell in cells)
+
+
+def format_cell(cell: Any) -> str:
+    """Whole numbers in groups of three, others with three digits or more, nothing as a blank."""
+    if cell is None:
+        return ""
+    if type(cell) not in (int, float):
+        return str(cell).replace("|", r"\|").replace("\n", " ")
+    if not isinstance(cell, int) and abs(cell) >= 1e6:
+        return f"{cell:.2e}"
+    if isinstance(cell, int) or abs(cell) >= 1000:
+        return f"{cell:,.0f}"
+    return f"{cell:.2f}" if abs(cell) >= 10 else f"{cell:.3f}"
+
+
+def percent(part: float | None) -> str | None:
+    return None if part is None else f"{100 * part:.1f}%"
+
+
+def read_results(paths: Iterable[str | Path]) -> list[Results]:
+    """The runs in the order of the paths; one without a name is called like its file."""
+    return [{"name": path.stem} | json.loads(path.read_text()) for path in map(Path, paths)]
+
+
+def results_table(paths: Iterable[str | Path]) -> str:
+    """One row per recipe and setting."""
+    rows = [
+        [results["name"], results["parameters"], results["memory_floats"], *row]
+        for results in read_results(paths)
+        for row in evaluation_rows(results["evaluation"])
+    ]
+    headers = ["recipe", "parameters", "numbers remembered", *EVALUATION_HEADERS]
+    return markdown_table(headers, rows)
+
+
+def evaluation_table(evaluation: Evaluation) -> str:
+    """One row per setting."""
+    return markdown_table(EVALUATION_HEADERS, evaluation_rows(evaluation))
+
+
+def evaluation_rows(evaluation: Evaluation) -> list[list[Any]]:
+    """What the memory is worth stands in the row where it is carried."""
+    return [
+        [
+            name,
+            setting["tokens"],
+            setting["perplexity_per_token"],
+            setting["perplexity_per_word"],
+            setting["bits_per_byte"],
+            percent(evaluation["worth"]) if name == "carried" else None,
+        ]
+        for name, setting in evaluation["settings"].items()
+    ]
+
+
+def position_table(evaluation: Evaluation) -> str:
+    """Perplexity by how far into its document a token stands, one column per setting."""
+    settings = evaluation["settings"]
+    rows = []
+    for bins in zip(*(setting["by_position"] for setting in settings.values()), strict=True):
+        perplexities = dict(zip(settings, (each["perplexity"] for each in bins), strict=True))
+        rows.append(
+            [
+                f"{bins[0]['from']:,} to {bins[0]['to'] - 1:,}",
+                bins[0]["tokens"],
+                *perplexities.values(),
+                percent(worth(perplexities)),
+            ]
+        )
+    return markdown_table(
+        ["position in the document", "tokens scored", *settings, "worth of the memory"], rows
+    )
+
+
+def worth(perplexities: Mapping[str, float]) -> float | None:
+    """The part of the perplexity that the memory takes away."""
+    if not {"carried", "emptied"} <= perplexities.keys():
+        return None
+    return 1 - perplexities["carried"] / perplexities["emptied"]
+
+
+def benchmark_table(path: str | Path) -> str:
+    """One row per measurement of a benchmark's JSON, a list of them under "rows"."""
+    measurements = json.loads(Path(path).read_text())["rows"]
+    headers = list(dict.fromkeys(name for row in measurements for name in row))
+    rows = [[row.get(name) for name in headers] for row in measurements]
+    return markdown_table([name.replace("_", " ") for name in headers], rows)
+
+
+def tables(root: str | Path) -> dict[str, str]:
+    """Every table that the results in a repository give, by the name that a block asks for."""
+    runs = sorted(Path(root, "model_cards/results").glob("*.json"))
+    found = {"results": results_table(runs)}
+    for path, results in zip(runs, read_results(runs), strict=True):
+        found[f"results/{path.stem}"] = evaluation_table(results["evaluation"])
+        found[f"position/{path.stem}"] = position_table(results["evaluation"])
+    for path in sorted(Path(root, "benchmarks/results").glob("*.json")):
+        found[f"benchmarks/{path.stem}"] = benchmark_table(path)
+    return found
+
+
+def renew_blocks(text: str, known: Mapping[str, str]) -> str:
+    """The text with the table of its name in each block."""
+
+    def renewed(block: re.Match) -> str:
+        opening, name, closing = block.groups()
+        if name not in known:
+            raise ValueError(f"there is no table {name!r}; the results give {sorted(known)}")
+        return f"{opening}{known[name]}\n{closing}"
+
+    openings = text.count(OPENING)
+    text, blocks = BLOCK.subn(renewed, text)
+    if blocks != openings:
+        raise ValueError(f"{openings} blocks begin and {blocks} end: each needs its <!-- end -->")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Renew the tables of a Markdown file.")
+    parser.add_argument("file", type=Path, nargs="+")
+    parser.add_argument(
+        "--root", type=Path, default=Path(), help="the folder of model_cards/ and benchmarks/"
+    )
+    options = parser.parse_args(arguments)
+    known = tables(options.root)
+    for file in options.file:
+        file.write_text(renew_blocks(file.read_text(), known))
+
+
+if __name__ == "__main__":
+    main()

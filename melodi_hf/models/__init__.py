@@ -1,0 +1,13 @@
+"""The models, in one flat folder of plain torch: each travels to the Hub with what it needs.
+
+Shapes are written in one alphabet:
+
+    B batch              W tokens in a window        H heads
+    T tokens in a call   U summary tokens            K channels per head
+    V vocabulary         S short-term memory tokens  D channels
+                         M slots of a longer memory
+
+Read in this order: `position`, `attention`, `windows` (how a call falls into windows), `decoder`
+(the skeleton that all share), `modeling_melodi`, `modeling_transformer_xl`, then `cache` (the
+memory during generation), `costs` (what it all costs) and `meliad` (parity with the released code).
+"""

@@ -1,0 +1,185 @@
+"""Attention over "memory, then window", as the released code computes it.
+
+    scores = (q · k + b[distance]) * |temperature|       q and k of length one, no 1/sqrt(K)
+    out    = softmax(scores) v                           a query that sees nothing gives zero
+
+Keys and queries are normalised per head, a learned temperature per head takes the place of
+1/sqrt(K), and it scales the position bias too. A token sees what lies strictly before it, never
+itself.
+"""
+
+import torch
+from torch import nn
+
+from .norm import unit
+from .position import RelativePosition
+
+# A score that hides a slot: its weight underflows to zero beside any real one, and unlike the
+# least float32 it stays finite in every format.
+HIDDEN = -3e4
+
+# Queries whose weights are held at once; a multiple of what a matrix product likes.
+QUERY_BLOCK = 192
+
+
+def split_heads(x, num_heads):  # B T H*K -> B H T K
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x):  # B H T K -> B T H*K
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(q, k, v, bias=None, *, in_order=False, dropout=0.0, eager=False):
+    """Softmax attention.
+
+    q: B H T K, temperature applied; k, v: B H J K; bias: added to the scores, of a shape that
+    broadcasts to B H T J, or None; in_order: the queries are the last T of the keys and the bias
+    hides what is not strictly before; dropout: the probability to drop a weight. Returns B H T K.
+    """
+    if eager or (dropout and needs_bias_gradient(q, bias)):
+        return _attend_plainly(q, k, v, bias, dropout)
+    if needs_bias_gradient(q, bias):
+        return RecomputedAttention.apply(q, k, v, bias, in_order)
+    bias = None if bias is None else bias.to(q.dtype)
+    return nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0
+    )
+
+
+def needs_bias_gradient(q, bias):
+    """Whether this is the case that torch has no kernel for on the CPU."""
+    is_trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    return is_trained and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+
+
+def _attend_plainly(q, k, v, bias, dropout):
+    scores = q @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    weights = scores.float().softmax(-1).to(q.dtype)  # float32: a sum of many small numbers
+    return nn.functional.dropout(weights, dropout) @ v
+
+
+class RecomputedAttention(torch.autograd.Function):
+    """Softmax attention on the CPU with a gradient for the bias, which keeps no weights.
+
+    Backward computes them anew, as FlashAttention does (Dao et al., 2022, appendix B.4), a block of
+    queries at a time. If the queries are the last of the keys (`in_order`), the keys behind
+    a block, which the bias hides, are left out.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, in_order):
+        out = torch.empty_like(q)
+        for query, key in query_blocks(q, k, in_order):
+            out[:, :, query] = _weights(q, k, bias, query, key) @ v[:, :, key]
+        ctx.save_for_backward(q, k, v, bias, out)
+        ctx.in_order = in_order
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, bias, out = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_bias = torch.zeros_like(bias)
+        for query, key in query_blocks(q, k, ctx.in_order):
+            weights, g = _weights(q, k, bias, query, key), grad[:, :, query]
+            grad_v[:, :, key] += weights.transpose(-1, -2) @ g
+            scores = g @ v[:, :, key].transpose(-1, -2)
+            along = torch.linalg.vecdot(g, out[:, :, query]).unsqueeze_(-1)
+            scores.sub_(along).mul_(weights)
+            grad_q[:, :, query] = scores @ k[:, :, key]
+            grad_k[:, :, key] += scores.transpose(-1, -2) @ q[:, :, query]
+            part = grad_bias[..., query, key]
+            part += scores.sum_to_size(part.shape)
+        return grad_q, grad_k, grad_v, grad_bias, None
+
+
+def query_blocks(q, k, in_order):
+    """Slices of queries, each with the slice of the keys that it may see."""
+    queries, keys = q.shape[2], k.shape[2]
+    step = QUERY_BLOCK if in_order else queries
+    for first in range(0, queries, step):
+        last = min(first + step, queries)
+        seen = keys - queries + last - 1 if in_order else keys
+        yield slice(first, last), slice(0, max(seen, 1))
+
+
+def _weights(q, k, bias, query, key):
+    scores = q[:, :, query] @ k[:, :, key].transpose(-1, -2)
+    return scores.add_(bias[..., query, key]).softmax(-1)
+
+
+def keep_empty(bias, num_slots, filled):
+    """Empty slots are zeros and are attended to, as in the released code."""
+    return bias
+
+
+def hide_empty(bias, num_slots, filled):
+    """Hide the slots of the memory that a row has not filled yet.
+
+    bias: ... J, J the keys, the first `num_slots` of which are the memory, oldest slot first, or
+    None if the memory is all there is; filled (B,): slots that are not empty. Returns B H T J.
+    """
+    bias = filled.new_zeros(1, 1, num_slots, dtype=torch.float32) if bias is None else bias
+    keys = torch.arange(bias.shape[-1], device=bias.device)
+    empty = keys < num_slots - filled[:, None]
+    return bias.masked_fill(empty[:, None, None], HIDDEN)
+
+
+def zero_if_blind(attended, bias):
+    """A query that sees no slot attends to nothing: zero."""
+    if bias is None:
+        return attended
+    return attended * (bias > HIDDEN / 2).any(-1, keepdim=True)
+
+
+def as_attended(attended, bias):
+    """Every query sees something."""
+    return attended
+
+
+class Attention(nn.Module):
+    """The projections of one layer, its temperature and its position bias."""
+
+    def __init__(self, config, always_sees):
+        super().__init__()
+        self.num_heads, self.eps = config.num_attention_heads, config.rms_norm_eps
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.temperature = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.position = RelativePosition(config)
+        self.dropout = config.attention_dropout
+        self.eager = config._attn_implementation == "eager"
+        self.with_empty = hide_empty if config.mask_empty_memory else keep_empty
+        blind = config.mask_empty_memory or not always_sees
+        self.where_seeing = zero_if_blind if blind else as_attended
+
+    def queries(self, x):
+        """B T D, normalised -> B H T K, temperature applied."""
+        q = unit(split_heads(self.q_proj(x), self.num_heads), self.eps)
+        return q * self.temperature.abs()[:, None, None].to(q.dtype)
+
+    def keys_values(self, x):
+        """B J D, normalised -> two of B H J K; zeros give zeros."""
+        k = unit(split_heads(self.k_proj(x), self.num_heads), self.eps)
+        return k, split_heads(self.v_proj(x), self.num_heads)
+
+    def bias_by_distance(self, distance, furthest=None):
+        """Distances in tokens (any shape) -> H, that shape; what is not strictly before is hidden,
+        and so is what lies more than `furthest` tokens before."""
+        temperature = self.temperature.abs().view(-1, *[1] * distance.dim())
+        hidden = distance <= 0 if furthest is None else (distance <= 0) | (distance > furthest)
+        return (self.position(distance) * temperature).masked_fill(hidden, HIDDEN)
+
+    def forward(self, q, k, v, bias, num_slots, filled, in_order=False):
+        """Attend to `num_slots` of memory, of which each row has `filled` (B,), and to the keys
+        that follow them. Otherwise as `attend`."""
+        bias = self.with_empty(bias, num_slots, filled)
+        dropout = self.dropout if self.training else 0.0
+        attended = attend(q, k, v, bias, in_order=in_order, dropout=dropout, eager=self.eager)
+        return self.where_seeing(attended, bias)

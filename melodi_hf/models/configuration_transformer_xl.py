@@ -1,0 +1,15 @@
+"""Sizes of the sliding-window Transformer-XL that the MELODI paper compares itself with."""
+
+from .configuration_decoder import DecoderConfig, validated
+
+
+@validated
+class TransformerXLConfig(DecoderConfig):
+    """Every layer carries the keys and values of the `window_length` tokens before."""
+
+    model_type = "transformer_xl"
+
+    def memory_floats(self) -> int:
+        """Floats per row: keys and values of one window in every layer, 2·N·W·d."""
+        per_token = 2 * self.num_attention_heads * self.head_dim
+        return self.num_hidden_layers * self.window_length * per_token

@@ -1,0 +1,112 @@
+"""What it costs: multiplications of matrix products, and bytes, from the configuration alone.
+
+Only what must be done is counted: attention between pairs that see each other, a queue's filled
+slots. One multiplication with its addition is two floating-point operations (FLOPs). Norms,
+softmax and activations are left out, as is usual.
+"""
+
+from functools import singledispatch
+
+from .configuration_melodi import MelodiConfig
+from .configuration_transformer_xl import TransformerXLConfig
+
+
+def forward_flops(config, num_tokens, queue_filled=None, with_logits=True) -> int:
+    """FLOPs to read one row of `num_tokens` tokens from the beginning of a window.
+
+    queue_filled: filled slots of a long-term memory throughout; None: all of them.
+    """
+    products = body_products(config, num_tokens, queue_filled)
+    if with_logits:
+        products += num_tokens * config.hidden_size * config.vocab_size
+    return 2 * products
+
+
+def training_flops(config, num_tokens, queue_filled=None) -> int:
+    """FLOPs of a training step on one row: backward costs twice what forward does."""
+    return 3 * forward_flops(config, num_tokens, queue_filled)
+
+
+@singledispatch
+def body_products(config, num_tokens, queue_filled=None) -> int:
+    """Multiplications of all layers for one row."""
+    raise TypeError(f"nothing is known of the cost of a {type(config).__name__}")
+
+
+@body_products.register
+def _(config: MelodiConfig, num_tokens, queue_filled=None):
+    windows, rest = divmod(num_tokens, config.window_length)
+    queue = config.long_memory_length if queue_filled is None else queue_filled
+    per_window = _melodi_window(config, config.window_length, config.num_summary_tokens, queue)
+    partial = _melodi_window(config, rest, 0, queue) if rest else 0
+    return windows * (per_window + _melodi_closing(config)) + partial
+
+
+@body_products.register
+def _(config: TransformerXLConfig, num_tokens, queue_filled=None):
+    per_token = _projections(config) + 2 * _heads(config) * config.window_length
+    return config.num_hidden_layers * num_tokens * per_token
+
+
+def _melodi_window(config, tokens, summaries, queue):
+    # All layers over `tokens` of a window and the summary tokens behind them.
+    heads, short = _heads(config), config.num_short_memory_tokens
+    rows = tokens + summaries
+    pairs = rows * short + rows * (rows - 1) // 2  # every row sees memory and all rows before it
+    layer = rows * _projections(config) + short * 2 * config.hidden_size * heads + pairs * 2 * heads
+    cross = len(config.long_memory_layers) * rows * queue * 2 * heads
+    return config.num_hidden_layers * layer + cross
+
+
+def _melodi_closing(config):
+    # What stays of a full window: the mixers, and the keys and values of what is pushed.
+    rows, hidden = config.window_length + config.num_summary_tokens, config.hidden_size
+    mixed = (config.num_short_memory_tokens + config.num_summary_tokens) * rows * hidden
+    if not config.mix_tokens or config.num_short_memory_tokens == 0:
+        mixed = 0
+    pushed = config.num_long_memory_tokens
+    push = pushed * rows * hidden + pushed * 2 * hidden * _heads(config)
+    return config.num_hidden_layers * mixed + len(config.long_memory_layers) * push
+
+
+def _heads(config):
+    return config.num_attention_heads * config.head_dim
+
+
+def _projections(config):  # of one row through one layer
+    return config.hidden_size * (4 * _heads(config) + 2 * config.intermediate_size)
+
+
+def weight_bytes(config, bytes_per_number) -> int:
+    """Bytes of the weights that one token needs: matrices of all layers and the head."""
+    layers = config.num_hidden_layers * _projections(config)
+    return (layers + config.hidden_size * config.vocab_size) * bytes_per_number
+
+
+@singledispatch
+def held_bytes(config, bytes_per_number) -> int:
+    """Bytes per row that a cache holds during generation, whatever the length of the document."""
+    return config.memory_floats() * bytes_per_number
+
+
+@held_bytes.register
+def _(config: MelodiConfig, bytes_per_number):
+    short, window = config.num_short_memory_tokens, config.window_length
+    layer = short * config.hidden_size + 2 * (short + window) * _heads(config)
+    layer += window * config.hidden_size
+    queues = len(config.long_memory_layers) * config.long_memory_length * 2 * _heads(config)
+    return (config.num_hidden_layers * layer + queues) * bytes_per_number
+
+
+@singledispatch
+def decoding_bytes(config, slot, bytes_per_number) -> int:
+    """Bytes that must be read to decode one token of one row, `slot` tokens into its window."""
+    return weight_bytes(config, bytes_per_number) + config.memory_floats() * bytes_per_number
+
+
+@decoding_bytes.register
+def _(config: MelodiConfig, slot, bytes_per_number):
+    keys_values = 2 * (config.num_short_memory_tokens + slot) * _heads(config)
+    queue = len(config.long_memory_layers) * config.long_memory_length * 2 * _heads(config)
+    read = config.num_hidden_layers * keys_values + queue
+    return weight_bytes(config, bytes_per_number) + read * bytes_per_number

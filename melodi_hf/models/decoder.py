@@ -1,0 +1,365 @@
+"""The skeleton of all systems: embed, read window by window, norm, logits, loss.
+
+A memory architecture is a layer with one function and one value:
+
+    layer(x, *memory, plan=plan) -> (x, *memory)        x: B T D; memory: the fields of a NamedTuple
+    layer.memory_shapes()                               their shapes before the first token
+
+and the decoder carries the memories. They have two faces with one content. During generation a
+transformers `Cache` holds them (`past_key_values`). In training, `memory` is the detached value
+that the previous segment returned; `reset_memory` marks rows that begin a new document.
+
+The schedule is layer by layer: a layer reads all windows of the call before the next layer starts,
+so that hooks, FSDP, checkpointing and device maps find one call per layer.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import Attention
+from .cache import fetch_memory, store_memory
+from .configuration_decoder import DecoderConfig
+from .loss import causal_lm_loss
+from .norm import RMSNorm
+from .position import RelativePosition
+from .refusals import (
+    real_columns,
+    refuse_bad_labels,
+    refuse_bad_reset,
+    refuse_foreign_memory,
+    refuse_infinite_weights,
+    refuse_packed_rows,
+    refuse_unknown_ids,
+)
+from .windows import Plan, Progress, RaggedPlan
+
+
+class Memory(NamedTuple):
+    """What the model carries from one call to the next: a NamedTuple per layer, and how far each
+    row has read. A value: never written in place."""
+
+    layers: tuple[NamedTuple, ...]
+    progress: Progress
+
+
+@dataclass
+class DecoderOutput(BaseModelOutputWithPast):
+    """transformers' output and the memory."""
+
+    memory: Memory | None = None
+
+
+@dataclass
+class CausalLMOutput(CausalLMOutputWithPast):
+    """transformers' output and the memory."""
+
+    memory: Memory | None = None
+
+
+class FeedForward(nn.Module):
+    """Two matrices with an activation between."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, bias = config.intermediate_size, config.mlp_bias
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """One layer of a memory architecture. Checkpointing needs tensors as arguments, one by one."""
+
+    window_axis: ClassVar[dict[str, int]] = {}  # of the fields that grow with the open window
+
+    memory_type: ClassVar[type]  # the NamedTuple
+
+    def memory_shapes(self, for_generation=False) -> dict[str, tuple[int, ...]]:
+        """The shape of each field before the first token, without rows.
+
+        For generation the open window has all its slots; in training it has those that are read.
+        """
+        raise NotImplementedError
+
+    def empty_memory(self, batch_size, device, dtype, for_generation=False):
+        """The memory before the first token."""
+        shapes = self.memory_shapes(for_generation)
+        return self.memory_type(
+            **{
+                name: torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+                for name, shape in shapes.items()
+            }
+        )
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    """Initialisation and the promises towards transformers."""
+
+    config_class = DecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # A memory is rolled back only between windows: assisted decoding is refused, not wrong.
+    _is_stateful = True
+    _skip_keys_device_placement = ["past_key_values", "memory"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """As measured on the released code: every kernel truncated normal with variance 1/fan_in,
+        embeddings normal, biases zero, gains one; by default temperatures are one, too."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init_truncated_(module.weight, module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initial_embedding_std)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, RelativePosition):
+            init.normal_(module.weight, std=module.num_buckets**-0.5)
+        elif isinstance(module, Attention):
+            init.constant_(module.temperature, self.config.initial_temperature)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; weights that are not finite are refused by name."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        refuse_infinite_weights(model.named_parameters(), args[0] if args else "the checkpoint")
+        return loaded
+
+
+class DecoderModel(DecoderPreTrainedModel):
+    """Token embeddings, the layers and the final norm. Subclasses make their layers, and call
+    `post_init` once all parameters are there: what is made later is never initialised."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList([self.make_layer(config, i) for i in layers])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def make_layer(self, config, layer_idx) -> DecoderLayer:
+        raise NotImplementedError
+
+    def empty_memory(self, batch_size, device=None, dtype=None) -> Memory:
+        """The memory before the first token of `batch_size` documents, as training carries it."""
+        weight = self.embed_tokens.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        layers = cast("list[DecoderLayer]", list(self.layers))
+        empty = tuple(layer.empty_memory(batch_size, device, dtype) for layer in layers)
+        return Memory(empty, Progress(torch.zeros(batch_size, dtype=torch.long, device=device), 0))
+
+    def streams(self, x, plan):
+        """What flows from layer to layer: the tokens, and whatever a system lets ride with them."""
+        return (x,)
+
+    def read(self, x, memories, plan):
+        """x: B T D -> B T D and the memories after this call."""
+        streams, after = self.streams(x, plan), []
+        for layer, memory in zip(self.layers, memories, strict=True):
+            outputs = layer(*streams, *memory, plan=plan)
+            streams = outputs[: len(streams)]
+            after.append(type(memory)(*outputs[len(streams) :]))
+        return streams[0], tuple(after)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        memory=None,
+        reset_memory=None,
+        return_memory=False,
+        **kwargs,
+    ) -> DecoderOutput:
+        # input_ids: B T; attention_mask: B T or B past+T, zero at padding; reset_memory: B
+        x = self.embed(input_ids, inputs_embeds)
+        if past_key_values is None and use_cache and memory is None and not return_memory:
+            past_key_values = DynamicCache(config=self.config)
+        before = self._memory_before(x, past_key_values, memory, reset_memory)
+        mask = real_columns(attention_mask, x, past_key_values)
+        refuse_packed_rows(kwargs.get("position_ids"), mask)
+        plan = make_plan(before.progress, x, mask, self.config.window_length)
+        x, layers = self.read(x, before.layers, plan)
+        after = Memory(layers, plan.progress)
+        if past_key_values is not None:
+            store_memory(past_key_values, after, x.shape[1])
+        return DecoderOutput(
+            last_hidden_state=self.norm(x),
+            past_key_values=past_key_values,
+            memory=detach(after) if return_memory else None,
+        )
+
+    def embed(self, input_ids, inputs_embeds):
+        """B T -> B T D; either the ids or their embeddings are given."""
+        given = inputs_embeds if input_ids is None else input_ids
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        if inputs_embeds is None:
+            refuse_unknown_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"the input has shape {tuple(given.shape)}: input_ids are rows and columns, "
+                f"inputs_embeds rows, columns and {self.config.hidden_size} channels"
+            )
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("the call has 0 tokens: give at least 1 per row")
+        return inputs_embeds
+
+    def _memory_before(self, x, cache, memory, reset_memory):
+        if cache is not None and memory is not None:
+            raise ValueError("past_key_values and memory are two faces of one thing: give one")
+        if cache is not None:
+            held = fetch_memory(cache, self.layers, x)
+            before = Memory(*held)
+        elif memory is not None:
+            refuse_foreign_memory(memory, self.layers, len(x))
+            before = memory
+        else:
+            before = self.empty_memory(len(x), x.device, x.dtype)
+        if reset_memory is None:
+            return before
+        refuse_bad_reset(reset_memory, len(x))
+        return restart(before, reset_memory, self.empty_memory(len(x), x.device, x.dtype))
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+    """A language model; its head is the embedding table, scaled by 1/sqrt(D)."""
+
+    model_class: type[DecoderModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **_):
+        """Generation needs no mask but that of the padding in the columns of this call."""
+        if attention_mask is None or inputs_embeds.shape[1] == 1:
+            return None
+        return attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
+
+    @can_return_tuple
+    def forward(  # noqa: PLR0913 (generate() and Trainer prescribe the names)
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        shift_labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        memory=None,
+        reset_memory=None,
+        return_memory=False,
+        **kwargs,
+    ) -> CausalLMOutput:
+        """Logits of the next token, and the loss.
+
+        labels: B T, the ids themselves (the model shifts them); shift_labels: B T, the target of
+        each position, as data whose targets cross segment borders has it; -100 is left out.
+        memory, reset_memory (B,), return_memory: see the module.
+
+        Raises `ValueError` for ids outside the vocabulary, labels of another shape, masks that are
+        not B T, packed rows, and the memory of another model or batch size.
+        """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        refuse_bad_labels(inputs, labels, shift_labels, self.config.vocab_size)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            memory=memory,
+            reset_memory=reset_memory,
+            return_memory=return_memory,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = self.dropout(hidden[:, kept]) * self.config.hidden_size**-0.5
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=shift_labels,
+                vocab_size=self.config.vocab_size,
+                **kwargs,
+            )
+        return CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            memory=outputs.memory,
+        )
+
+
+def make_plan(progress, x, mask, window_length):
+    """How this call falls into windows."""
+    if mask is None and progress.fill is not None:
+        return Plan(progress, x.shape[1], window_length)
+    if mask is None:
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return RaggedPlan(progress, mask, window_length)
+
+
+def detach(memory):
+    """Truncated backpropagation, in one place."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, memory)
+
+
+def restart(memory, rows, empty):
+    """`memory` with the `rows` of a mask (B,) as they are before the first token."""
+
+    def choose(old, new):
+        return torch.where(rows.to(old.device).view(-1, *[1] * (old.dim() - 1)), fit(new, old), old)
+
+    def fit(new, old):  # an empty window has width 0, and so has its row in one that is not empty
+        return new if new.shape == old.shape else old.new_zeros(())
+
+    layers = tuple(
+        type(held)(*(choose(old, new) for old, new in zip(held, fresh, strict=True)))
+        for held, fresh in zip(memory.layers, empty.layers, strict=True)
+    )
+    return Memory(layers, memory.progress.restart(rows))
+
+
+def init_truncated_(weight, std):
+    """Normal, cut at two deviations and rescaled so that `std` is what comes out."""
+    drawn = std / 0.87962566103423978  # the deviation of a unit normal cut at ±2
+    init.trunc_normal_(weight, std=drawn, a=-2 * drawn, b=2 * drawn)

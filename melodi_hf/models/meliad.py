@@ -1,0 +1,194 @@
+"""Models of the released JAX code (google-research/meliad, commit cc1aef5), read and written.
+
+A file holds flax parameter names joined by "/" under the prefix `params/`, and the sizes of the
+model as JSON in its metadata under `config`. flax kernels are [in, out], the transpose of torch's.
+Which system it is follows from the parameter names.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .configuration_melodi import MelodiConfig
+from .configuration_transformer_xl import TransformerXLConfig
+from .modeling_melodi import MelodiForCausalLM
+from .modeling_transformer_xl import TransformerXLForCausalLM
+from .refusals import refuse_infinite_weights
+
+# The names of a layer: ours, theirs below the layer's prefix, and whether it is a kernel.
+ATTENTION = (
+    ("input_layernorm.weight", "tbase/pre_attn_layernorm/scale"),
+    ("self_attn.q_proj.weight", "tbase/_kvq/queries_layer/kernel"),
+    ("self_attn.k_proj.weight", "tbase/_kvq/keys_layer/kernel"),
+    ("self_attn.v_proj.weight", "tbase/_kvq/values_layer/kernel"),
+    ("self_attn.o_proj.weight", "tbase/post_attn_mlp/output_layer/kernel"),
+    ("self_attn.temperature", "tbase/_kvq/attention_scale"),
+    ("self_attn.position.weight", "relative_positions/rel_embedding"),
+    ("post_attention_layernorm.weight", "tbase/pre_ffn_layernorm/scale"),
+)
+FEED_FORWARD = {
+    True: (
+        ("mlp.up_proj.weight", "tbase/ffn/mlp_layer/input_layer/kernel"),
+        ("mlp.up_proj.bias", "tbase/ffn/mlp_layer/input_layer/bias"),
+        ("mlp.down_proj.weight", "tbase/ffn/mlp_layer/output_layer/kernel"),
+        ("mlp.down_proj.bias", "tbase/ffn/mlp_layer/output_layer/bias"),
+    ),
+    False: (
+        ("mlp.up_proj.weight", "tbase/ffn/hidden0/kernel"),
+        ("mlp.down_proj.weight", "tbase/ffn/output_layer/kernel"),
+    ),
+}
+MIXERS = tuple(
+    (f"{ours}.{part}", f"{theirs}/{flax}")
+    for ours, theirs in (
+        ("summary_mixer", "token_mixing_summary"),
+        ("short_mixer", "token_mixing_short"),
+        ("long_mixer", "long_mem_token_mixing"),
+    )
+    for part, flax in (
+        ("mix.weight", "lin_mix/kernel"),
+        ("mix.bias", "lin_mix/bias"),
+        ("token_norm.weight", "layernorm1/scale"),
+        ("summary_norm.weight", "layernorm2/scale"),
+    )
+)
+OUTSIDE_LAYERS = (
+    ("model.embed_tokens.weight", "embed/embedding"),
+    ("model.norm.weight", "layer_stack/final_layernorm/scale"),
+    ("model.summary_embeddings", "layer_stack/summary_embeddings"),
+)
+
+
+def from_meliad(path):
+    """The model of a file of the released code, in float32 and evaluation mode.
+
+    Raises `ValueError` for a file that is damaged, of a system that is not here, or whose
+    parameters are not those of its own sizes.
+    """
+    sizes, weights = _read(Path(path))
+    try:
+        model = _build(sizes, weights, path)
+    except KeyError as error:
+        raise ValueError(f"{path}: the sizes in its metadata lack {error}") from error
+    expected = from_names(model.config)
+    state = {ours: _transposed(theirs, weights.get(theirs)) for ours, theirs in expected.items()}
+    missing = [theirs for ours, theirs in expected.items() if state[ours] is None]
+    unknown = sorted(n for n in weights.keys() - expected.values() if weights[n].numel())
+    if missing or unknown:
+        raise ValueError(
+            f"{path} does not hold the parameters that its sizes ask for: missing {missing[:3]}, "
+            f"unknown {unknown[:3]}; it was written by another version or is incomplete"
+        )
+    own = model.state_dict()
+    for ours, tensor in state.items():
+        if tensor.shape != own[ours].shape:
+            raise ValueError(
+                f"{path}: {expected[ours]} has shape {tuple(tensor.shape)} (as a torch weight), "
+                f"its sizes ask for {tuple(own[ours].shape)}"
+            )
+    refuse_infinite_weights(state.items(), path)
+    model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    return model.eval()
+
+
+def to_meliad(tensors, config):
+    """Rename tensors by our parameter names (weights or gradients) to the released code's."""
+    return {
+        theirs: _transposed(theirs, tensors[ours])
+        for ours, theirs in from_names(config).items()
+        if ours in tensors
+    }
+
+
+def from_names(config):
+    """Our parameter names -> those of the released code, for all parameters of a model."""
+    stack = "melodi_layers_{}/melodi_layer/" if config.model_type == "melodi" else "transformer{}/"
+    names = dict(OUTSIDE_LAYERS)
+    for i in range(config.num_hidden_layers):
+        prefix = "layer_stack/" + stack.format(i)
+        inner = (*ATTENTION, *FEED_FORWARD[config.mlp_bias], *MIXERS)
+        names |= {f"model.layers.{i}.{ours}": prefix + theirs for ours, theirs in inner}
+        names[f"model.layers.{i}.gate"] = prefix + "attn_gate"
+    with torch.device("meta"):
+        own = _model_class(config)(config).state_dict()
+    return {ours: theirs for ours, theirs in names.items() if ours in own}
+
+
+def _read(path):
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give the path of a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = (file.metadata() or {}).get("config")
+            names = [name for name in file.keys() if name.startswith("params/")]  # noqa: SIM118
+            weights = {name.removeprefix("params/"): file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+    if config is None or not weights:
+        raise ValueError(
+            f"{path} is not a model of the released code: it needs tensors under params/ and its "
+            f"sizes as JSON in the metadata `config`"
+        )
+    try:
+        return json.loads(config), weights
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the sizes in its metadata are not JSON ({error})") from error
+
+
+def _build(sizes, weights, path):
+    if any("melodi_layers_" in name for name in weights):
+        return MelodiForCausalLM(_melodi_config(sizes, weights))
+    layers = [name for name in weights if name.startswith("layer_stack/transformer")]
+    foreign = [name for name in weights if "side_layer" in name or "recurrent" in name]
+    if not layers or foreign:
+        raise ValueError(
+            f"{path} holds a system that this library does not have (parameters such as "
+            f"{(foreign or sorted(weights))[0]}): MELODI and Transformer-XL can be read"
+        )
+    return TransformerXLForCausalLM(_transformer_xl_config(sizes, weights))
+
+
+def _shared_sizes(sizes, weights):
+    return {
+        "vocab_size": sizes["vocab_size"],
+        "hidden_size": sizes["embedding_dim"],
+        "num_hidden_layers": sizes["num_layers"],
+        "num_attention_heads": sizes["num_heads"],
+        "head_dim": sizes["head_size"],
+        "intermediate_size": sizes["mlp_dim"],
+        "window_length": sizes["window_length"],
+        "relative_attention_num_buckets": sizes["t5_num_buckets"],
+        "relative_attention_max_distance": sizes["t5_max_distance"],
+        "rms_norm_eps": sizes["layernorm_epsilon"],
+        "dropout": sizes["dropout"],
+        "attention_dropout": sizes["dropout"],
+        "mlp_bias": any("ffn/mlp_layer" in name for name in weights),
+    }
+
+
+def _melodi_config(sizes, weights):
+    # The released code ignores indices of layers that do not exist.
+    layers = range(sizes["num_layers"])
+    return MelodiConfig(
+        num_summary_tokens=sizes["summary_size"],
+        num_short_memory_tokens=sizes["short_term_memory_size"],
+        long_memory_layers=tuple(i for i in sizes["long_term_memory_layer_indices"] if i in layers),
+        num_long_memory_tokens=sizes["long_term_memory_increment_size"],
+        long_memory_capacity=sizes["long_term_memory_size"],
+        mix_tokens=sizes["token_mixing"],
+        **_shared_sizes(sizes, weights),
+    )
+
+
+def _transformer_xl_config(sizes, weights):
+    return TransformerXLConfig(**_shared_sizes(sizes, weights))
+
+
+def _transposed(name, tensor):
+    return tensor.T if tensor is not None and name.endswith("kernel") else tensor
+
+
+def _model_class(config):
+    return MelodiForCausalLM if config.model_type == "melodi" else TransformerXLForCausalLM

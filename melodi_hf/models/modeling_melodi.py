@@ -1,0 +1,328 @@
+"""MELODI: exploring memory compression for long contexts (Chen et al., ICLR 2025).
+
+A window of W tokens is read with U summary tokens behind it. In every layer the window attends to
+S tokens that the window before left in that layer (short-term memory); what comes out is mixed
+along the token axis into the summary tokens of the next layer and the short-term memory of the
+next window. One layer in the middle also pushes L tokens into a queue (long-term memory) and
+attends to it with the same queries through a gate (paper, sections 3.1 to 3.4):
+
+                     layer n+1                         [ x x x x x x x x | u u ]
+                                                         ^ as they are     ^ mixed
+    short memory k-1 [ z z ] <- attends - window k     [ x x x x x x x x | u u ] - mixed -> [ z z ]
+    queue            [ m m m m m m ] <- gate -                                   - mixed -> push m
+
+    z_k   = Mix_S(x, u)          m_k = Mix_L(x, u)          u' = Mix_U(x, u)
+    A     = g ⊙ A_self + (1 - g) ⊙ A_queue,                g = sigmoid(gate), per head and channel
+
+Where paper and released code differ this is the code: tokens never attend to themselves; the gate
+is per head and channel and stands at the self-attention; a mixer normalises its inputs and adds
+the summary tokens only if it has as many outputs as there are summary tokens (the queue's never
+does); empty memory is zeros that are attended to (`mask_empty_memory` hides it, as the paper has
+it); between segments of training the queue keeps tokens, projected anew with the weights of the
+day. During generation it keeps keys and values.
+
+Context tokens never see the summary tokens of their own window: these are run once, when the
+window is full, and reading a window in pieces is exact.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .attention import Attention, merge_heads
+from .configuration_melodi import MelodiConfig
+from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward
+from .norm import RMSNorm
+
+
+class MelodiMemory(NamedTuple):
+    """What a layer carries. The queue is held in one of two forms, the other has no slots: tokens
+    in training, keys and values in generation. The last three belong to the open window, w of whose
+    tokens are read; they have no slots while w = 0."""
+
+    short: Tensor  # B S D
+    long: Tensor  # B M D, oldest first
+    long_keys: Tensor  # B H M K
+    long_values: Tensor  # B H M K
+    keys: Tensor  # B H S+w K, of the short-term memory and the tokens
+    values: Tensor  # B H S+w K
+    outputs: Tensor  # B w D, tokens after the layer: what will be mixed
+
+
+class TokenMixer(nn.Module):
+    """Tokens of a window, made from all of it by a matrix along the token axis."""
+
+    def __init__(self, config, num_outputs):
+        super().__init__()
+        tokens = config.window_length + config.num_summary_tokens
+        self.mix = nn.Linear(tokens, num_outputs)
+
+    def forward(self, h, num_tokens):
+        # h: B W+U D, of which num_tokens = W -> B num_outputs D
+        return self.mix(h.transpose(1, 2)).transpose(1, 2)
+
+
+class NormalisedTokenMixer(TokenMixer):
+    """A mixer with as many outputs as summary tokens: it normalises its inputs and refines the
+    summary tokens instead of replacing them."""
+
+    def __init__(self, config):
+        super().__init__(config, config.num_summary_tokens)
+        self.token_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.summary_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, h, num_tokens):
+        x, u = h.split((num_tokens, h.shape[1] - num_tokens), dim=1)
+        normed = torch.cat((self.token_norm(x), self.summary_norm(u)), dim=1)
+        return u + super().forward(normed, num_tokens)
+
+
+class KeepSummaries(nn.Module):
+    """No branching: the summary tokens go on as they are."""
+
+    def forward(self, h, num_tokens):
+        return h[:, num_tokens:]
+
+
+class KeepNothing(nn.Module):
+    """Nothing stays of the window."""
+
+    def forward(self, h, num_tokens):
+        return h[:, :0]
+
+
+def short_mixer(config):
+    """The way from a window to the short-term memory of the next."""
+    if config.num_short_memory_tokens == 0:
+        return KeepNothing()
+    if not config.mix_tokens:
+        return KeepSummaries()
+    if config.num_short_memory_tokens == config.num_summary_tokens:
+        return NormalisedTokenMixer(config)
+    return TokenMixer(config, config.num_short_memory_tokens)
+
+
+def summary_mixer(config, is_long):
+    """The way from a layer's summary tokens to the next layer's. Without short-term memory the
+    released code mixes them in long-term layers alone."""
+    mixes = config.mix_tokens and config.num_summary_tokens > 0
+    if mixes and (config.num_short_memory_tokens > 0 or is_long):
+        return NormalisedTokenMixer(config)
+    return KeepSummaries()
+
+
+class MelodiLayer(DecoderLayer):
+    """A layer with short-term memory."""
+
+    memory_type = MelodiMemory
+    window_axis = {"keys": 2, "values": 2, "outputs": 1}  # noqa: RUF012
+    long_length = 0
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, always_sees=config.num_short_memory_tokens > 0)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.summary_mixer = summary_mixer(config, is_long=layer_idx in config.long_memory_layers)
+        self.short_mixer = short_mixer(config)
+
+    def memory_shapes(self, for_generation=False):
+        config, queue = self.config, self.long_length
+        heads, per_head = config.num_attention_heads, config.head_dim
+        short, hidden = config.num_short_memory_tokens, config.hidden_size
+        window = config.window_length if for_generation else 0
+        as_keys, as_tokens = (queue, 0) if for_generation else (0, queue)
+        slots = short + window if for_generation else 0
+        return {
+            "short": (short, hidden),
+            "long": (as_tokens, hidden),
+            "long_keys": (heads, as_keys, per_head),
+            "long_values": (heads, as_keys, per_head),
+            "keys": (heads, slots, per_head),
+            "values": (heads, slots, per_head),
+            "outputs": (window, hidden),
+        }
+
+    def forward(self, x, summaries, *memory, plan):
+        # x: B T D; summaries: B C U D, C the windows that close in this call
+        num_summaries = self.config.num_summary_tokens
+        h = plan.pack(x, summaries)
+        normed = self.dropout(self.input_layernorm(h))
+        q, (k, v) = self.self_attn.queries(normed), self.self_attn.keys_values(normed)
+        given = MelodiMemory(*memory)
+        memory, biases, pieces = self.open(given), {}, []
+        parts = (plan.split(t, dim, num_summaries) for t, dim in ((h, 1), (q, 2), (k, 2), (v, 2)))
+        for chunk, *part in zip(plan.chunks, *parts, strict=True):
+            if chunk.pattern not in biases:
+                biases[chunk.pattern] = self.position_bias(chunk)
+            piece, memory = self.read(chunk, biases[chunk.pattern], memory, *part)
+            pieces.append(piece)
+        x, summaries = plan.unpack(pieces, num_summaries)
+        return x, summaries, *self.shut(memory, given)
+
+    def position_bias(self, chunk):
+        """H T J or B H T J, for the chunk's queries towards [short memory | window | summaries]."""
+        short, summaries = self.config.num_short_memory_tokens, self.config.num_summary_tokens
+        return chunk.bias(self.self_attn.bias_by_distance, short, summaries)
+
+    def read(self, chunk, bias, memory, h, q, k, v):
+        """One cell: a chunk of one window through one layer.
+
+        h: B T D, its tokens and, if it closes its window, the summary tokens; q, k, v: B H T K, its
+        projections -> B T D, the next memory.
+        """
+        num_short = self.config.num_short_memory_tokens
+        keys, values = chunk.begin(
+            (memory.keys, memory.values), lambda: self.recall(memory.short), 2, num_short
+        )
+        keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
+        filled = (chunk.windows_read > 0) * num_short
+        attended = self.self_attn(q, keys, values, bias, num_short, filled, chunk.in_order)
+        attended = self.consult_queue(q, attended, memory, chunk)
+        h = h + self.self_attn.o_proj(merge_heads(attended))
+        h = h + self.dropout(self.mlp(self.post_attention_layernorm(h)))
+        outputs = chunk.extend(*chunk.begin((memory.outputs,), lambda: (h[:, :0],), 1), h, dim=1)
+        memory = memory._replace(
+            keys=chunk.hold(keys, 2, num_short),
+            values=chunk.hold(values, 2, num_short),
+            outputs=chunk.hold(outputs, 1),
+        )
+        return self.close(h, outputs, memory, chunk) if chunk.closes else (h, memory)
+
+    def recall(self, tokens):
+        """Keys and values of remembered tokens: B J D -> two of B H J K."""
+        return self.self_attn.keys_values(self.dropout(self.input_layernorm(tokens)))
+
+    def close(self, h, outputs, memory, chunk):
+        """The window is full (`outputs`: B W+U D): mix what stays of it."""
+        length = self.config.window_length
+        summaries = self.summary_mixer(outputs, length)
+        short = chunk.where_closed(self.short_mixer(outputs, length), memory.short)
+        h = torch.cat((h[:, : chunk.tokens], summaries), dim=1)
+        return h, memory._replace(short=short)
+
+    def open(self, memory):
+        """Before the first window of a call."""
+        return memory
+
+    def shut(self, memory, given):
+        """After the last window of a call."""
+        return memory
+
+    def consult_queue(self, q, attended, memory, chunk):
+        """Long-term memory has its turn."""
+        return attended
+
+
+class LongTermMelodiLayer(MelodiLayer):
+    """A layer with short-term and long-term memory."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.long_length = config.long_memory_length
+        self.gate = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+        pushed = config.num_long_memory_tokens
+        self.long_mixer = TokenMixer(config, pushed) if pushed else KeepNothing()
+
+    def open(self, memory):
+        # In training the tokens are projected anew: gradients reach the weights, not the tokens.
+        keys, values = self.recall(memory.long)
+        return memory._replace(
+            long_keys=join(memory.long_keys, keys), long_values=join(memory.long_values, values)
+        )
+
+    def shut(self, memory, given):
+        slots = given.long_keys.shape[2]
+        if slots == self.long_length:
+            return memory
+        return memory._replace(
+            long_keys=memory.long_keys[:, :, :slots], long_values=memory.long_values[:, :, :slots]
+        )
+
+    def consult_queue(self, q, attended, memory, chunk):
+        slots = self.long_length
+        filled = (chunk.windows_read * self.config.num_long_memory_tokens).clamp(max=slots)
+        remembered = self.self_attn(q, memory.long_keys, memory.long_values, None, slots, filled)
+        gate = self.gate.sigmoid()[:, None].to(attended.dtype)
+        return torch.lerp(remembered, attended, gate.expand_as(attended))
+
+    def close(self, h, outputs, memory, chunk):
+        pushed = self.long_mixer(outputs, self.config.window_length)
+        keys, values = self.recall(pushed)
+
+        def push(queue, new, dim):
+            return chunk.where_closed(slide(queue, new, dim), queue)
+
+        memory = memory._replace(
+            long=push(memory.long, pushed, 1),
+            long_keys=push(memory.long_keys, keys, 2),
+            long_values=push(memory.long_values, values, 2),
+        )
+        return super().close(h, outputs, memory, chunk)
+
+
+def slide(queue, new, dim):
+    """Append to a queue, and forget the oldest beyond its length."""
+    length = queue.shape[dim]
+    joined = torch.cat((queue.to(new.dtype), new), dim)
+    return joined.narrow(dim, joined.shape[dim] - length, length)
+
+
+def join(held, new):
+    """Both one after the other, without a copy if there is only one."""
+    if new.shape[2] == 0:
+        return held
+    return torch.cat((held.to(new.dtype), new), dim=2) if held.shape[2] else new
+
+
+class MelodiModel(DecoderModel):
+    """MELODI without its head."""
+
+    config_class = MelodiConfig
+    _no_split_modules = ["MelodiLayer", "LongTermMelodiLayer"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": MelodiLayer}  # noqa: RUF012
+
+    def __init__(self, config):
+        super().__init__(config)
+        shape = config.num_summary_tokens, config.hidden_size
+        self.summary_embeddings = nn.Parameter(torch.empty(shape))
+        self.post_init()
+
+    def make_layer(self, config, layer_idx):
+        is_long = layer_idx in config.long_memory_layers
+        return (LongTermMelodiLayer if is_long else MelodiLayer)(config, layer_idx)
+
+    def streams(self, x, plan):
+        # Summary tokens ride with each window that closes: B C U D
+        summaries = self.summary_embeddings.to(x.dtype)
+        return x, summaries.expand(len(x), plan.num_closing, -1, -1)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        init_melodi(module)
+
+
+class MelodiForCausalLM(DecoderForCausalLM):
+    """MELODI as a language model."""
+
+    config_class = MelodiConfig
+    model_class = MelodiModel
+    _no_split_modules = ["MelodiLayer", "LongTermMelodiLayer"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        init_melodi(module)
+
+
+def init_melodi(module):
+    """Summary tokens and gates: normal with deviation 1/4, cut at two of them, not rescaled."""
+    for name in ("summary_embeddings", "gate"):
+        if name in module._parameters:
+            init.trunc_normal_(module._parameters[name], std=0.25, a=-0.5, b=0.5)

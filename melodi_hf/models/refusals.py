@@ -1,0 +1,139 @@
+"""What the models refuse: each message names the value, what is allowed, and the remedy."""
+
+import torch
+
+
+def real_columns(attention_mask, x, cache):
+    """The mask of this call's columns (B T, bool), or None if all are real tokens."""
+    if attention_mask is None:
+        return None
+    batch_size, columns = x.shape[:2]
+    past = 0 if cache is None else cache.get_seq_length()
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: it must be {batch_size} rows "
+            f"of 0 at padding and 1 at tokens; masks of other shapes (4-D ones, say) cannot be "
+            f"followed by a memory"
+        )
+    if attention_mask.shape[1] not in (columns, past + columns):
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns: it must have {columns}, one "
+            f"per token of this call, or {past + columns}, with the {past} that the memory has read"
+        )
+    mask = attention_mask[:, -columns:].bool()
+    return None if mask.all() else mask
+
+
+def refuse_packed_rows(position_ids, mask):
+    """Several documents in one row would leak into each other through the memory."""
+    if position_ids is None or position_ids.dim() != 2:
+        return
+    restarts = position_ids[:, 1:] < position_ids[:, :-1]
+    if mask is not None:
+        restarts = restarts & mask[:, :-1]
+    if restarts.any():
+        row, column = restarts.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids restart in row {row} at column {column + 1}: several documents packed "
+            f"into one row would leak through the memory; give each its own row (packing=False), "
+            f"or read them in turn with reset_memory"
+        )
+
+
+def refuse_unknown_ids(input_ids, vocab_size):
+    """Checked where it costs no synchronisation; a GPU stops with its own assertion."""
+    if _is_free_to_look_at(input_ids):
+        _refuse_unknown("input_ids", input_ids, vocab_size)
+
+
+def _is_free_to_look_at(ids):
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _refuse_unknown(name, ids, vocab_size):
+    if ids.numel() == 0:
+        return
+    least, greatest = (int(end) for end in ids.aminmax())
+    if least < 0 or greatest >= vocab_size:
+        wrong = least if least < 0 else greatest
+        raise ValueError(
+            f"{name} contain {wrong}: the vocabulary has the ids 0 to {vocab_size - 1}; use the "
+            f"tokenizer that was saved with the model"
+        )
+
+
+def refuse_bad_labels(inputs, labels, shift_labels, vocab_size):
+    """Labels are one per input token: ids of the vocabulary, or -100."""
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None and inputs is not None and given.shape != inputs.shape[:2]:
+            raise ValueError(
+                f"{name} have shape {tuple(given.shape)} and the input {tuple(inputs.shape[:2])}: "
+                f"give one label per token, -100 where there is none"
+            )
+        if given is not None and _is_free_to_look_at(given):
+            _refuse_unknown(name, given[given != -100], vocab_size)
+
+
+def refuse_bad_reset(reset_memory, batch_size):
+    """Which rows begin a new document is said by a mask of the rows."""
+    is_mask = isinstance(reset_memory, torch.Tensor) and reset_memory.dtype == torch.bool
+    if not is_mask or reset_memory.shape != (batch_size,):
+        raise ValueError(
+            f"reset_memory is {reset_memory!r}: it must be a tensor of booleans, one for each of "
+            f"the {batch_size} rows, true where a new document begins"
+        )
+
+
+def refuse_foreign_memory(memory, layers, batch_size):
+    """A memory fits the model that wrote it and the batch size it was written with."""
+    if not hasattr(memory, "progress"):
+        raise ValueError(
+            f"memory is a {type(memory).__name__}: give what a call with "
+            f"return_memory=True returned"
+        )
+    if len(memory.layers) != len(layers):
+        raise ValueError(
+            f"memory has {len(memory.layers)} layers and this model {len(layers)}: it is that of "
+            f"another model"
+        )
+    rows = len(memory.progress.tokens_read)
+    if rows != batch_size:
+        raise ValueError(
+            f"memory holds {rows} rows and the batch has {batch_size}: read both with the same "
+            f"batch size, or begin with memory=None"
+        )
+    for i, (layer, held) in enumerate(zip(layers, memory.layers, strict=True)):
+        refuse_foreign_layer(i, held, layer.memory_shapes(), layer.window_axis)
+
+
+def refuse_infinite_weights(named_weights, origin):
+    """A model with a NaN in it answers NaN to everything, without a word of where it came from."""
+    for name, weight in named_weights:
+        if weight.is_meta or not weight.is_floating_point() or weight.isfinite().all():
+            continue
+        bad = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"{bad} of the {weight.numel()} numbers of {name} in {origin} are NaN or infinite: the "
+            f"file is damaged or the training diverged; load an earlier checkpoint"
+        )
+
+
+def refuse_foreign_layer(i, held, shapes, window_axis):
+    """Refuse the memory of layer `i` if it was written by another model.
+
+    held: a NamedTuple of tensors; shapes: field -> what its shape should be, without rows;
+    window_axis: fields that grow with the open window -> the axis that does.
+    """
+    if held._fields != tuple(shapes):
+        raise ValueError(
+            f"memory of layer {i} has the fields {', '.join(held._fields)} and this model's "
+            f"{', '.join(shapes)}: it is that of another model"
+        )
+    for name, shape in shapes.items():
+        tensor, free = getattr(held, name), window_axis.get(name)
+        pairs = enumerate(zip(tensor.shape[1:], shape, strict=True), start=1)
+        if any(have != want for axis, (have, want) in pairs if axis != free):
+            raise ValueError(
+                f"memory of layer {i}, {name}, has shape {tuple(tensor.shape)} and this model's "
+                f"(rows, {', '.join(map(str, shape))}): it is that of another model"
+            )

@@ -1,0 +1,29 @@
+"""What every test can rely on: no network, one seed, one thread, and the systems."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import pytest
+import torch
+
+from .models import MELODIS, SYSTEMS, build
+
+torch.set_num_threads(1)  # the tensors are tiny, and sums keep their order
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=SYSTEMS, scope="module")
+def model(request):
+    """Every system in turn, in evaluation mode; tests that change a model build their own."""
+    return build(request.param)
+
+
+@pytest.fixture(params=MELODIS, scope="module")
+def melodi(request):
+    """Every variant of MELODI in turn."""
+    return build(request.param)

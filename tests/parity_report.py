@@ -1,0 +1,131 @@
+"""How far the models are from golden tensors.
+
+`python -m tests.parity_report` prints the worst difference per file and kind of tensor.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, safe_open
+
+import melodi_hf
+from melodi_hf.models.meliad import to_meliad
+
+KINDS = ("logits", "hidden", "layers", "state", "loss", "grads")
+
+
+def golden_files():
+    """The files beside the tests, or those of the folder that MELODI_GOLDEN names."""
+    folder = Path(os.environ.get("MELODI_GOLDEN", Path(__file__).parent / "golden"))
+    return sorted(folder.glob("melodi_*.safetensors")) + sorted(
+        folder.glob("transformer_xl*.safetensors")
+    )
+
+
+def read_golden(path):
+    """The parameters of a file, the tensors of it that can be compared, and its sizes."""
+    with safe_open(path, "pt") as file:
+        sizes = json.loads(file.metadata()["config"])
+    tensors = load_file(path)
+    return {n: t for n, t in tensors.items() if t.numel() or n.startswith("params/")}, sizes
+
+
+def held(memory, name):
+    """The part of a model's memory that the JAX code calls `name`."""
+    layer = memory.layers[int(re.search(r"(?:melodi_layers_|transformer)(\d+)", name)[1])]
+    if "kvi_cache" in name:
+        return (layer.keys if "keys" in name else layer.values).transpose(1, 2)
+    return layer.short if "short_memory" in name else layer.long
+
+
+def read_segment(model, input_ids, memory, start):
+    """The output of one call, and what left each layer: context and, if it has any, summary."""
+    left = []
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: left.append(output))
+        for layer in model.model.layers
+    ]
+    output = model(
+        input_ids,
+        memory=memory,
+        reset_memory=start,
+        labels=input_ids,
+        return_memory=True,
+        output_hidden_states=True,
+    )
+    for hook in hooks:
+        hook.remove()
+    has_summary = model.config.model_type == "melodi"
+    us = [result[1].flatten(1, 2) for result in left] if has_summary else []
+    return output, [result[0] for result in left], us
+
+
+def gradients(model):
+    """By the names of the JAX code; zeros for a parameter that the loss does not depend on."""
+    found = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+    return to_meliad(found, model.config)
+
+
+def measure(path, model=None, segments=None, with_gradients=True):
+    """Read all segments of a golden file, or the first -> each tensor's largest difference."""
+    golden, sizes = read_golden(path)
+    model = model or melodi_hf.from_meliad(path)
+    memory, differences = None, {}
+    for segment in range(segments or sizes["num_segments"]):
+        inputs = f"inputs/seg{segment}"
+        ids, start = golden[f"{inputs}/input_ids"], golden[f"{inputs}/start_of_sequence"]
+        output, xs, us = read_segment(model, ids, memory, start)
+        memory = output.memory
+        found = {
+            f"outputs/seg{segment}/logits": output.logits,
+            f"outputs/seg{segment}/final_hidden": output.hidden_states[-1],
+            f"loss/seg{segment}/mean_cross_entropy": output.loss,
+        }
+        found |= {f"layers/seg{segment}/layer{i}/xs": x for i, x in enumerate(xs)}
+        found |= {f"layers/seg{segment}/layer{i}/us": u for i, u in enumerate(us)}
+        state = [name for name in golden if name.startswith(f"state/seg{segment}/")]
+        found |= {name: held(memory, name) for name in state}
+        prefix = "grads" if segment == 0 else f"grads_seg{segment}"
+        if with_gradients and f"{prefix}/embed/embedding" in golden:
+            model.zero_grad()
+            output.loss.backward()
+            found |= {f"{prefix}/{name}": g for name, g in gradients(model).items()}
+        differences |= {
+            name: largest_difference(name, found[name], golden[name])
+            for name in found.keys() & golden.keys()
+        }
+    return differences
+
+
+def largest_difference(name, ours, theirs):
+    assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)}, not {tuple(theirs.shape)}"
+    return (ours.detach() - theirs).abs().max().item()
+
+
+def kind_of(name):
+    top = name.split("/")[0]
+    if top == "outputs":
+        return "hidden" if name.endswith("final_hidden") else "logits"
+    return "grads" if top.startswith("grads") else top
+
+
+def main():
+    sys.stdout.write(f"{'file':28}" + "".join(f"{kind:>10}" for kind in KINDS) + "\n")
+    for path in golden_files():
+        worst = {}
+        for name, difference in measure(path).items():
+            kind = kind_of(name)
+            worst[kind] = max(worst.get(kind, 0.0), difference)
+        cells = (f"{worst[kind]:.1e}" if kind in worst else "-" for kind in KINDS)
+        sys.stdout.write(f"{path.stem:28}" + "".join(f"{cell:>10}" for cell in cells) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Naive twins: each paper once more, in loops, without a line of the library."""

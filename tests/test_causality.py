@@ -1,0 +1,78 @@
+"""No logits depend on what comes later; all depend on what came before."""
+
+import pytest
+import torch
+
+from .models import (
+    BOTH,
+    DOCUMENT,
+    WINDOW,
+    assert_differ,
+    assert_equal,
+    build,
+    changed,
+    draw,
+)
+
+PLACES = [0, 3, WINDOW - 1, WINDOW, 2 * WINDOW + 1, DOCUMENT - 1]
+
+
+@pytest.fixture
+def differences(model):
+    """Row by row, what another token at one of the places changes in the logits."""
+    ids = draw(1, DOCUMENT)
+    others = torch.cat([changed(ids, 0, place) for place in PLACES])
+    with torch.no_grad():
+        logits = model(ids.expand_as(others)).logits
+        return (model(others).logits - logits).abs().amax(-1)
+
+
+def test_the_future_changes_nothing_and_the_present_does(differences):
+    for place, difference in zip(PLACES, differences, strict=True):
+        assert_equal(difference[:place], torch.zeros(place))
+        assert difference[place] > 1e-3
+
+
+def test_the_past_changes_every_later_logit_of_the_window(differences):
+    for place, difference in zip(PLACES, differences, strict=True):
+        assert (difference[place : (place // WINDOW + 1) * WINDOW] > 1e-4).all()
+
+
+def test_the_future_has_no_gradient(model):
+    ids = draw(1, DOCUMENT)
+    x = model.get_input_embeddings()(ids).detach().requires_grad_()
+    place = WINDOW + 3
+    model(inputs_embeds=x).logits[0, place].square().sum().backward()
+    assert_equal(x.grad[0, place + 1 :], torch.zeros_like(x.grad[0, place + 1 :]))
+    assert (x.grad[0, WINDOW : place + 1].abs().amax(-1) > 0).all()
+
+
+def without_attention(name, **changes):
+    """A model and its copy whose attention returns nothing."""
+    model, blind = build(name, **changes), build(name, **changes)
+    with torch.no_grad():
+        for layer in blind.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    return model, blind
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_token_does_not_attend_to_itself(name):
+    """The first of a document sees nothing: it has only its residual, but the second sees it."""
+    model, blind = without_attention(name, mask_empty_memory=True)
+    ids = draw(3, 2)
+    with torch.no_grad():
+        seeing, unseeing = model(ids).logits, blind(ids).logits
+    assert_equal(seeing[:, 0], unseeing[:, 0])
+    assert_differ(seeing[:, 1], unseeing[:, 1])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_empty_memory_is_attended_to_unless_masked(name):
+    """Zeros take weight from the second token's only predecessor."""
+    ids = draw(3, 2)
+    with torch.no_grad():
+        attended = build(name, mask_empty_memory=False)(ids).logits
+        masked = build(name, mask_empty_memory=True)(ids).logits
+    assert_equal(attended[:, 0], masked[:, 0])  # zeros add nothing to nothing
+    assert_differ(attended[:, 1], masked[:, 1])

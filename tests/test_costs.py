@@ -1,0 +1,78 @@
+"""Promise: the analytic counts are those of the published arithmetic, and of what really runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from melodi_hf import MelodiCache, MelodiConfig, MelodiForCausalLM, TransformerXLConfig
+from melodi_hf.models.costs import decoding_bytes, forward_flops, held_bytes, training_flops
+
+PAPER = MelodiConfig()
+TINY = MelodiConfig(
+    vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=16,
+    intermediate_size=64, window_length=8, num_summary_tokens=4, num_short_memory_tokens=4,
+    long_memory_layers=(1,), num_long_memory_tokens=2, long_memory_windows=6,
+    attn_implementation="eager",
+)  # fmt: skip
+
+
+TINY_XL = TransformerXLConfig(
+    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+    intermediate_size=64, window_length=8,
+)  # fmt: skip
+
+
+def test_paper_row_costs_468_megaflops_per_token():
+    per_token = forward_flops(PAPER, 65536, with_logits=False) / 65536
+    assert per_token / 1e6 == pytest.approx(468.1, abs=0.05)
+
+
+def test_logits_of_the_paper_row_cost_66_megaflops_per_token():
+    with_logits = forward_flops(PAPER, 512) - forward_flops(PAPER, 512, with_logits=False)
+    assert with_logits / 512 / 1e6 == pytest.approx(65.8, abs=0.05)
+
+
+def test_transformer_xl_costs_327_megaflops_per_token():
+    per_token = forward_flops(TransformerXLConfig(), 4096, with_logits=False) / 4096
+    assert per_token / 1e6 == pytest.approx(327.2, abs=0.05)
+
+
+def test_training_costs_three_times_reading():
+    assert training_flops(PAPER, 4096) == 3 * forward_flops(PAPER, 4096)
+
+
+def test_fewer_filled_slots_cost_less():
+    assert forward_flops(PAPER, 512, queue_filled=0) < forward_flops(PAPER, 512)
+
+
+@pytest.mark.parametrize("num_tokens", [8, 24, 29, 5])
+def test_what_runs_is_what_is_counted(num_tokens):
+    # The plain implementation computes hidden pairs too: they are added to the count here.
+    model = MelodiForCausalLM(TINY).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(0, 50, (1, num_tokens)), use_cache=False, return_memory=True)
+    windows, rest = divmod(num_tokens, 8)
+    sees = lambda rows: rows * 4 + rows * (rows - 1) // 2  # noqa: E731
+    hidden = windows * (12 * 16 - sees(12)) + (rest * (4 + rest) - sees(rest))
+    waste = 2 * 3 * hidden * 2 * 32 + projected_queue(TINY)
+    assert counter.get_total_flops() == forward_flops(TINY, num_tokens) + waste
+
+
+def projected_queue(config):  # in training the queue's tokens are projected once per call
+    return 2 * 2 * config.hidden_size * 32 * config.long_memory_length
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_XL])
+def test_cache_holds_the_bytes_that_are_counted(config):
+    from transformers import AutoModelForCausalLM
+
+    cache = MelodiCache(config)
+    AutoModelForCausalLM.from_config(config)(torch.randint(0, 50, (3, 21)), past_key_values=cache)
+    assert cache.memory_bytes() == 3 * held_bytes(config, 4)
+
+
+def test_decoding_reads_more_the_fuller_the_window_and_never_more_than_64_megabytes_of_memory():
+    weights = decoding_bytes(MelodiConfig(long_memory_layers=(), num_short_memory_tokens=0), 0, 2)
+    memory = decoding_bytes(PAPER, 511, 2) - weights
+    assert decoding_bytes(PAPER, 0, 2) < decoding_bytes(PAPER, 511, 2)
+    assert memory / 2**20 == pytest.approx(62, abs=1)

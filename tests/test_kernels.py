@@ -1,0 +1,181 @@
+"""What is written by hand equals what torch composes, in its values and in every gradient."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn import functional
+
+from melodi_hf.models import attention, loss
+from melodi_hf.models.attention import HIDDEN, RecomputedAttention, attend
+from melodi_hf.models.loss import CrossEntropy, causal_lm_loss
+from melodi_hf.models.norm import Normalise, RMSNorm, unit
+from melodi_hf.models.position import distance_bucket, spread_by_distance
+
+from .models import assert_equal, assert_near
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """What is computed in float32 for accuracy is computed in float64, as gradcheck needs."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def attention_inputs(queries, keys, shape, in_order, dtype=torch.float64):
+    """q, k, v and a bias that hides, if `in_order`, what is not strictly before."""
+    q, k, v = (torch.randn(2, 2, n, 3, dtype=dtype) for n in (queries, keys, keys))
+    bias = torch.randn(*shape, queries, keys, dtype=dtype)
+    if in_order:
+        place = torch.arange(keys - queries, keys)[:, None]
+        bias = bias.masked_fill(torch.arange(keys) >= place, HIDDEN)
+    return [tensor.requires_grad_() for tensor in (q, k, v, bias)]
+
+
+def plain_attention(q, k, v, bias):
+    return (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+
+
+SHAPES = pytest.mark.parametrize("shape", [(2,), (2, 2), (1, 2), (2, 1)], ids=str)
+ORDER = pytest.mark.parametrize("in_order", [False, True], ids=["any order", "in order"])
+
+
+@SHAPES
+@ORDER
+@pytest.mark.parametrize(("queries", "keys"), [(4, 7), (5, 5), (1, 3), (1, 1)])
+def test_attention_equals_plain_attention(monkeypatch, shape, in_order, queries, keys):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    inputs = attention_inputs(queries, keys, shape, in_order)
+    found, wanted = RecomputedAttention.apply(*inputs, in_order), plain_attention(*inputs)
+    if in_order and queries == keys:  # the first query sees nothing; its callers give it zero
+        found, wanted = found[:, :, 1:], wanted[:, :, 1:]
+    assert_near(found, wanted, atol=1e-12)
+    if not found.numel():
+        return
+    weight = torch.randn_like(found)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), inputs),
+        torch.autograd.grad((wanted * weight).sum(), inputs),
+        strict=True,
+    ):
+        assert_near(ours, theirs, atol=1e-12)
+
+
+@SHAPES
+@ORDER
+def test_attention_has_the_gradient_of_its_values(monkeypatch, shape, in_order):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    inputs = attention_inputs(3, 5, shape, in_order=False)
+    if in_order:  # what is hidden stays so under small changes
+        inputs = attention_inputs(3, 5, shape, in_order=True)
+        mask = inputs[3] > HIDDEN / 2
+
+        def function(q, k, v, bias):
+            return RecomputedAttention.apply(q, k, v, bias.where(mask, HIDDEN), True)
+    else:
+
+        def function(q, k, v, bias):
+            return RecomputedAttention.apply(q, k, v, bias, False)
+
+    assert gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("trained", [False, True], ids=["bias given", "bias trained"])
+def test_every_way_to_attend_is_the_same(eager, trained):
+    q, k, v, bias = attention_inputs(4, 7, (2,), in_order=True, dtype=torch.float32)
+    bias = bias.detach().requires_grad_(trained)
+    found = attend(q, k, v, bias, in_order=True, eager=eager)
+    assert_near(found, plain_attention(q, k, v, bias), atol=1e-6)
+    assert_near(attend(q, k, v, eager=eager), plain_attention(q, k, v, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("with_gain", [False, True])
+def test_norm_has_the_gradient_of_its_values(with_gain):
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    gain = torch.randn(5, dtype=torch.float64, requires_grad=True) if with_gain else None
+    assert gradcheck(lambda x, gain: Normalise.apply(x, gain, 5, 1e-3), (x, gain))
+
+
+def test_norm_equals_that_of_torch():
+    norm = RMSNorm(6, eps=1e-3).double()
+    norm.weight.data.normal_()
+    x = (0.1 * torch.randn(2, 3, 6, dtype=torch.float64)).requires_grad_()
+    found = norm(x)
+    wanted = functional.rms_norm(x, (6,), norm.weight, eps=1e-3)
+    assert_near(found, wanted, atol=1e-14)
+    weight = torch.randn_like(found)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), (x, norm.weight)),
+        torch.autograd.grad((wanted * weight).sum(), (x, norm.weight)),
+        strict=True,
+    ):
+        assert_near(ours, theirs, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unit_vectors(dtype):
+    x = torch.randn(4, 6).to(dtype)
+    x[0] = 0
+    found = unit(x, 1e-6)
+    assert found.dtype == dtype
+    assert_equal(found[0], torch.zeros(6, dtype=dtype))  # no NaN, no length
+    assert_near(found[1:].float(), functional.normalize(x[1:].float(), dim=-1), atol=8e-3)
+    assert_near(found[1:].float().norm(dim=-1), torch.ones(3), atol=8e-3)
+
+
+@pytest.mark.parametrize("chunk", [1, 14, 1 << 20], ids=["a row", "two rows", "all"])
+@pytest.mark.usefixtures("float64")
+def test_cross_entropy_has_the_gradient_of_its_values(monkeypatch, chunk):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([3, -100, 0, 6, 3])
+    assert gradcheck(lambda logits: CrossEntropy.apply(logits, target, -100), (logits,))
+    wanted = functional.cross_entropy(logits, target, reduction="sum")
+    assert_near(CrossEntropy.apply(logits, target, -100), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_equals_that_of_torch_in_float32(dtype):
+    logits = (5 * torch.randn(2, 6, 9)).to(dtype).requires_grad_()
+    labels = torch.randint(9, (2, 6))
+    labels[1, 3] = -100
+    found = causal_lm_loss(logits, labels, 9)
+    target = functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    wanted = functional.cross_entropy(logits.float().flatten(0, 1), target)
+    assert found.dtype == torch.float32
+    assert_near(found, wanted, atol=1e-6)
+    (ours,), (theirs,) = torch.autograd.grad(found, logits), torch.autograd.grad(wanted, logits)
+    assert ours.dtype == dtype
+    assert_near(ours.float(), theirs.float(), atol=1e-6)
+
+
+def test_loss_of_large_logits_is_finite():
+    logits = torch.tensor([[[1e4, 0.0], [0.0, -1e4]]], requires_grad=True)
+    found = causal_lm_loss(logits, None, 2, shift_labels=torch.tensor([[1, 0]]))
+    found.backward()
+    assert_equal(found.detach(), torch.tensor(5e3))
+    assert_equal(logits.grad, torch.tensor([[[0.5, -0.5], [0.0, 0.0]]]))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 4), (4, 1), (3, 5), (5, 3), (4, 4)])
+def test_spread_by_distance_equals_a_loop(queries, keys):
+    values = torch.randn(2, queries + keys - 1, dtype=torch.float64, requires_grad=True)
+    found = spread_by_distance(values, queries, keys)
+    wanted = torch.stack(
+        [
+            torch.stack([values[:, queries - 1 - i + j] for j in range(keys)], dim=-1)
+            for i in range(queries)
+        ],
+        dim=-2,
+    )
+    assert_equal(found, wanted)
+    assert gradcheck(lambda values: spread_by_distance(values, queries, keys), (values,))
+
+
+def test_distance_buckets():
+    """The first distance of each bucket of T5's table of 32 up to 128."""
+    first = [*range(17), 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
+    distance = torch.arange(-3, 2000)
+    bucket = distance_bucket(distance, 32, 128)
+    wanted = torch.bucketize(distance, torch.tensor(first), right=True) - 1
+    assert_equal(bucket, wanted.clamp(min=0))
+    assert bucket.max() == 31

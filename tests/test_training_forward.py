@@ -1,0 +1,290 @@
+"""What a training step sees: loss, gradients, checkpointing, dropout, and the formats."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from .models import (
+    BOTH,
+    DOCUMENT,
+    REMEMBERING,
+    VOCABULARY,
+    WINDOW,
+    assert_differ,
+    assert_equal,
+    assert_near,
+    build,
+    draw,
+    read_with_cache,
+)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def labelled(*shape):
+    """Ids and labels, some of which are left out."""
+    ids = draw(*shape)
+    labels = ids.clone()
+    labels[:, 2:5] = -100
+    labels[0, -1] = -100
+    return ids, labels
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)], ids=["mean", "int", "tensor"])
+def test_loss_and_gradients_are_those_of_cross_entropy(name, shifted, num_items):
+    model = build(name)
+    ids, labels = labelled(3, DOCUMENT)
+    target = functional.pad(labels[:, 1:], (0, 1), value=-100)
+    given = {"shift_labels": target} if shifted else {"labels": labels}
+    output = model(ids, num_items_in_batch=num_items, **given)
+    output.loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    logits = model(ids).logits.flatten(0, 1)
+    if num_items is None:
+        wanted = functional.cross_entropy(logits, target.flatten())
+    else:
+        wanted = functional.cross_entropy(logits, target.flatten(), reduction="sum") / 7
+    wanted.backward()
+    torch.testing.assert_close(output.loss, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, gradients(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_targets_left_out_have_no_say(name):
+    model = build(name)
+    ids, labels = labelled(2, DOCUMENT)
+    with torch.no_grad():
+        loss = model(ids, labels=labels).loss
+        assert_differ(model(ids, labels=ids).loss, loss)
+        kept = model(ids).logits[:, :-1][labels[:, 1:] != -100]
+        counted = labels[:, 1:][labels[:, 1:] != -100]
+    assert_near(loss, functional.cross_entropy(kept, counted), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_shift_labels_take_precedence(name):
+    model, ids = build(name), draw(2, DOCUMENT)
+    other = draw(2, DOCUMENT)
+    with torch.no_grad():
+        loss = model(ids, labels=ids, shift_labels=other).loss
+        assert_equal(loss, model(ids, shift_labels=other).loss)
+        assert_differ(loss, model(ids, labels=ids).loss)
+
+
+def train(model, segments):
+    """Losses and gradients of a row of steps, each continuing the memory of the one before."""
+    memory, found = None, []
+    model.zero_grad()
+    for i, ids in enumerate(segments):
+        torch.manual_seed(i)
+        reset = torch.tensor([False, i == 2])
+        output = model(
+            ids, labels=ids, memory=memory, reset_memory=reset, return_memory=True, use_cache=False
+        )
+        output.loss.backward()
+        memory = output.memory
+        found.append((output.loss.detach(), gradients(model)))
+    return found
+
+
+@pytest.mark.parametrize("name", [*BOTH, "melodi_no_short", "melodi_masked"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_neither_loss_nor_gradients(name, use_reentrant):
+    model = build(name, dropout=0.1, attention_dropout=0.1).train()
+    segments = [draw(2, length) for length in (2 * WINDOW, WINDOW + 3, 2 * WINDOW)]
+    wanted = train(model, segments)
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls = []  # forward, and again in backward
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    found = train(model, segments)
+    assert len(calls) == 2 * len(segments)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def gradient_of_the_last_window(model, ids, calls):
+    """Of the input embeddings, when the last window's logits are asked for."""
+    x = model.get_input_embeddings()(ids).detach().requires_grad_()
+    memory = None
+    for piece in x.split(ids.shape[1] // calls, dim=1):
+        output = model(inputs_embeds=piece, memory=memory, return_memory=True)
+        memory = output.memory
+    output.logits[:, -1].square().sum().backward()
+    return x.grad[:, :WINDOW]
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_gradients_cross_windows_but_not_calls(name):
+    model, ids = build(name).train(), draw(1, 2 * WINDOW)
+    within = gradient_of_the_last_window(model, ids, calls=1)
+    across = gradient_of_the_last_window(model, ids, calls=2)
+    assert within.abs().max() > 1e-4
+    assert_equal(across, torch.zeros_like(across))
+
+
+def unread_by_anything(config):
+    """The summary tokens' way beyond the last layer that keeps something of them."""
+    if config.model_type != "melodi":
+        return ()
+    every = range(config.num_hidden_layers)
+    keeping = every if config.num_short_memory_tokens else config.long_memory_layers
+    last = max(keeping, default=-1)
+    beyond = tuple(f"model.layers.{i}.summary_mixer." for i in every if i >= last)
+    return beyond if last >= 0 else (*beyond, "model.summary_embeddings")
+
+
+def test_every_parameter_that_is_read_has_a_gradient(model):
+    model.zero_grad()
+    ids = draw(2, 3 * WINDOW)
+    model(ids, labels=ids).loss.backward()
+    asleep = unread_by_anything(model.config)
+    for name, parameter in model.named_parameters():
+        moves = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        assert moves == (not name.startswith(asleep)), name
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("site", ["dropout", "attention_dropout"])
+def test_dropout_acts_in_training_alone(name, site):
+    model, ids = build(name, **{site: 0.3}), draw(2, DOCUMENT)
+    with torch.no_grad():
+        evaluated = model(ids).logits
+        assert_equal(model(ids).logits, evaluated)
+        model.train()
+        once, twice = model(ids).logits, model(ids).logits
+    assert_differ(once, twice)
+    assert_differ(once, evaluated)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("site", ["dropout", "attention_dropout"])
+def test_dropout_acts_with_gradients_too(name, site):
+    """Where they flow another kernel attends."""
+    model, ids = build(name, **{site: 0.3}).train(), draw(2, DOCUMENT)
+    assert_differ(model(ids).logits, model(ids).logits)
+
+
+def test_without_dropout_training_reads_as_evaluation(model):
+    ids = draw(2, DOCUMENT)
+    with torch.no_grad():
+        evaluated = model(ids).logits
+    trained = model.train()(ids).logits
+    model.eval()
+    assert_near(trained, evaluated)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("field", ["dropout", "attention_dropout"])
+def test_dropout_keeps_the_mean(name, field):
+    """What is left is scaled up: over many draws the loss stays near that without dropout."""
+    model, ids = build(name, **{field: 0.05}), draw(2, DOCUMENT)
+    with torch.no_grad():
+        evaluated = model(ids).logits
+        model.train()
+        mean = sum(model(ids).logits for _ in range(16)) / 16
+        once = model(ids).logits
+    assert (mean - evaluated).square().mean() < 0.4 * (once - evaluated).square().mean()
+
+
+def test_embeddings_in_place_of_ids(model):
+    ids = draw(2, DOCUMENT)
+    with torch.no_grad():
+        x = model.get_input_embeddings()(ids)
+        assert_equal(model(inputs_embeds=x).logits, model(ids).logits)
+        assert_differ(model(inputs_embeds=x.flip(1)).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_hidden_states_are_those_between_the_layers(model, padded):
+    ids, mask = draw(2, DOCUMENT), torch.ones(2, DOCUMENT, dtype=torch.long)
+    mask[1, : WINDOW + 3] = 0
+    given = {"attention_mask": mask} if padded else {}
+    seen = []
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, outputs: seen.append((inputs[0], outputs[0])))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True, **given)
+        for hook in hooks:
+            hook.remove()
+        states = output.hidden_states
+        assert len(states) == model.config.num_hidden_layers + 1
+        assert {state.shape for state in states} == {(2, DOCUMENT, model.config.hidden_size)}
+        assert_equal(states[0], model.get_input_embeddings()(ids))
+        assert_equal(list(states[1:-1]), [after for _, after in seen[:-1]])
+        assert_equal(states[-1], model.model.norm(seen[-1][1]))
+        assert_equal(model.lm_head(states[-1] * model.config.hidden_size**-0.5), output.logits)
+        if padded:
+            alone = model(ids[1:, WINDOW + 3 :], output_hidden_states=True).hidden_states
+            for state, wanted in zip(states, alone, strict=True):
+                assert_near(state[1, WINDOW + 3 :], wanted[0])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_logits_to_keep(name):
+    model, ids = build(name), draw(2, DOCUMENT)
+    places = torch.tensor([3, WINDOW, DOCUMENT - 1])
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert_near(model(ids, logits_to_keep=2).logits, logits[:, -2:])
+        assert_near(model(ids, logits_to_keep=places).logits, logits[:, places])
+        assert model(ids, logits_to_keep=0).logits.shape == (2, DOCUMENT, VOCABULARY)
+
+
+def test_bfloat16_is_near_float32(model):
+    ids = draw(2, DOCUMENT)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        found = build_like(model).bfloat16()(ids).logits
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).abs().mean() < 0.1 * wanted.std()
+
+
+def test_float64_is_nearer(model):
+    ids = draw(2, DOCUMENT)
+    with torch.no_grad():
+        found = build_like(model).double()(ids).logits
+        assert found.dtype == torch.float64
+        assert_near(found, model(ids).logits.double())
+
+
+def build_like(model):
+    copy = type(model)(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+@pytest.fixture
+def every_warning():
+    """What torch says once in a process it says here whenever it happens."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.parametrize("name", [*BOTH, "melodi_eager", "melodi_masked", "transformer_xl_masked"])
+@pytest.mark.usefixtures("every_warning")
+def test_autocast_trains_and_generates(name):
+    model, ids = build(name), draw(2, DOCUMENT)
+    wanted = train(model.train(), [ids, ids])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = train(model, [ids, ids])
+        with torch.no_grad():
+            whole = model.eval()(ids).logits
+            generated = model.generate(
+                ids[:, :WINDOW], attention_mask=torch.ones_like(ids[:, :WINDOW]), max_new_tokens=12
+            )
+            continued = read_with_cache(model, ids.split(5, dim=1))
+    for (loss, grads), (exact, exact_grads) in zip(found, wanted, strict=True):
+        assert loss.dtype == torch.float32
+        assert abs(loss - exact) < 0.02 * exact
+        both = (torch.cat([g.flatten() for g in x.values()]) for x in (grads, exact_grads))
+        assert functional.cosine_similarity(*both, dim=0) > 0.98
+    assert generated.shape == (2, WINDOW + 12)
+    assert (continued.float() - whole.float()).abs().mean() < 0.1 * whole.float().std()

@@ -1,0 +1,85 @@
+"""Continue a document of any length.
+
+    python training/generate.py runs/quickstart --prompt-file book.txt --max-new-tokens 100
+
+The document is read in pieces through the memory; then the continuation is written to standard
+output as it comes, and what reading took to standard error.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+
+import torch
+from transformers import TextStreamer
+
+from melodi_hf.evaluation.continuation import continue_text
+from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Continue a document of any length.")
+    parser.add_argument("model", help="a folder that training/train.py left, or a name on the Hub")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="the text to continue (default: standard input)")
+    prompt.add_argument("--prompt-file", type=Path, help="a file of the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--sample", action="store_true", help="draw tokens; else the likeliest")
+    parser.add_argument("--temperature", type=float, help="with --sample")
+    parser.add_argument("--top-p", type=float, help="with --sample")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if not options.sample and (options.temperature is not None or options.top_p is not None):
+        parser.error("--temperature and --top-p change how tokens are drawn: they need --sample")
+    return options
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    if options.prompt_file is not None:
+        return options.prompt_file.read_text(encoding="utf-8")
+    return sys.stdin.read() if options.prompt is None else options.prompt
+
+
+def sampling(options: argparse.Namespace) -> dict[str, float | bool]:
+    """The arguments of generate() that say how tokens are chosen."""
+    given = {"temperature": options.temperature, "top_p": options.top_p}
+    return {"do_sample": options.sample} | {k: v for k, v in given.items() if v is not None}
+
+
+def generate(options: argparse.Namespace) -> None:
+    text = read_prompt(options)
+    model = load_model(options.model)
+    tokenizer = load_its_tokenizer(model, options.model)
+    torch.manual_seed(options.seed)
+    _, info = continue_text(
+        model,
+        tokenizer,
+        text,
+        options.max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling(options),
+    )
+    print(
+        f"read {info['tokens_read']:,} tokens ({info['read_tokens_per_second']:,.0f} per second), "
+        f"held {info['memory_bytes']:,} bytes of them, "
+        f"wrote {info['tokens_generated']} tokens "
+        f"({info['generated_tokens_per_second']:,.0f} per second)",
+        file=sys.stderr,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    try:
+        generate(options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"generate.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

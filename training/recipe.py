@@ -1,0 +1,287 @@
+"""A recipe is a YAML file that states everything a run depends on, section by section.
+
+    model       `type`, and fields of that type's configuration
+    data        which documents are read, and how long a segment is
+    tokenizer   where it comes from, or how large a one to train
+    training    steps, rows, optimiser, schedule, precision, seed
+    evaluation  what is measured at the end
+    expect      the number that the run must reach, and how far off it may be
+
+Nothing has a default here but the model's fields: a key that is missing is refused like one that is
+unknown, so that the file alone tells what was run. All of it is checked when the file is read,
+before any work is done, and what is wrong raises `ValueError`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+import melodi_hf  # noqa: F401  (makes our models known to CONFIG_MAPPING)
+from melodi_hf.data.text import Document, read_documents, standard_library_documents
+
+
+@dataclass(frozen=True)
+class Data:
+    """The documents."""
+
+    source: str  # standard_library, files, or the name of a dataset on the Hub, owner/name
+    files: tuple[str, ...]  # to train on
+    test_files: tuple[str, ...]
+    max_documents: int | None  # read for training; null: all
+    segment_length: int  # tokens of a document between two steps
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Loaded, or trained as byte-level BPE on the training documents."""
+
+    path: str | None  # null: trained
+    vocab_size: int  # of the one that is trained
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, how many documents side by side, by which rule."""
+
+    steps: int
+    num_rows: int  # documents read side by side, on each device
+    gradient_accumulation_steps: int
+    optimizer: Literal["adamw", "adafactor"]
+    schedule: Literal["cosine", "linear", "paper"]
+    learning_rate: float  # the peak
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float  # 0: no clipping
+    precision: Literal["float32", "bfloat16"]
+    gradient_checkpointing: bool
+    log_every: int  # steps
+    save_every: int  # steps
+    seed: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity of test documents, and the continuation of the longest of them."""
+
+    max_documents: int | None  # null: all
+    segment_windows: int  # windows read in one call
+    num_rows: int  # documents read side by side
+    read_tokens: int  # read before the continuation; 0: none
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Expect:
+    """What the run must reach."""
+
+    perplexity: float | None  # per token, with the memory carried; null: not yet known
+    spread: float | None  # how far off it may be
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment."""
+
+    model: dict[str, Any]
+    data: Data
+    tokenizer: Tokenizer
+    training: Training
+    evaluation: Evaluation
+    expect: Expect
+
+    def model_config(self, **from_tokenizer: Any) -> PreTrainedConfig:
+        """The model's configuration; what the recipe says goes before what the tokenizer says."""
+        return make_config({**from_tokenizer, **self.model})
+
+    def documents(self, split: Literal["train", "test"]) -> Iterator[Document]:
+        """The documents of one split, from wherever the recipe says."""
+        data, train = self.data, split == "train"
+        limit = data.max_documents if train else self.evaluation.max_documents
+        if data.source == "standard_library":
+            return islice(standard_library_documents(split), limit)
+        if data.source == "files":
+            return read_documents(data.files if train else data.test_files, limit=limit)
+        return read_documents(name=data.source, split=split, limit=limit)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SECTIONS = {
+    "data": Data,
+    "tokenizer": Tokenizer,
+    "training": Training,
+    "evaluation": Evaluation,
+    "expect": Expect,
+}
+NAMES = ["model", *SECTIONS]
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in Python, and a key given twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} stands twice in one section")
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `section.key=value` changes to it."""
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(str(p) for p in Path("configuration").glob("*.yaml")))
+        raise ValueError(f"there is no recipe {path}" + (f"; there are {near}" if near else ""))
+    given = parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} should hold sections: {', '.join(NAMES)}")
+    for change in changes:
+        apply_change(given, change)
+    check_keys(given, NAMES, "the recipe")
+    for name, value in given.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} should be a section with keys of its own, not {value!r}")
+    sections = {name: read_section(kind, given[name], name) for name, kind in SECTIONS.items()}
+    recipe = Recipe(model=check_model(given["model"]), **sections)
+    check_together(recipe)
+    return recipe
+
+
+def parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {error}") from error
+
+
+def apply_change(given: dict[str, Any], change: str) -> None:
+    """Set one key of the recipe; the value is YAML."""
+    key, equals, value = change.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and name):
+        raise ValueError(f"--set {change}: write section.key=value, such as training.steps=100")
+    check_keys([section], NAMES, f"--set {change}: the recipe", complete=False)
+    if isinstance(given.setdefault(section, {}), dict):
+        given[section][name] = parse(value, f"--set {change}")
+
+
+def check_keys(given: Iterable[str], allowed: Sequence[str], where: str, complete=True) -> None:
+    """Refuse keys that nobody would read and, unless told otherwise, keys that are left out."""
+    given = list(given)
+    for key in given:
+        if key not in allowed:
+            near = get_close_matches(str(key), allowed, n=1)
+            remedy = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"{where} has no key {key!r}: {remedy}allowed are {', '.join(allowed)}"
+            )
+    missing = [key for key in allowed if key not in given]
+    if complete and missing:
+        raise ValueError(f"{where} leaves out {', '.join(missing)}: a recipe states every key")
+
+
+def read_section(kind: Any, given: Mapping[str, Any], name: str) -> Any:
+    """The section as its dataclass, each value of the declared type."""
+    check_keys(given, [field.name for field in fields(kind)], name)
+    return kind(**{f.name: fit(given[f.name], f.type, f"{name}.{f.name}") for f in fields(kind)})
+
+
+def fit(value: Any, kind: Any, key: str) -> Any:
+    """The value as the declared type: 1 is a float too, a single file is a list of one."""
+    if isinstance(kind, UnionType):  # X | None
+        return None if value is None else fit(value, get_args(kind)[0], key)
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(fit(item, str, key) for item in items)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{key} is {value!r}: allowed are {', '.join(get_args(kind))}")
+        return value
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{key} is {value!r}: it should be of type {kind.__name__}")
+    if kind in (int, float) and not value >= 0:
+        raise ValueError(f"{key} is {value}: it should be 0 or more")
+    return value
+
+
+def check_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse fields that the configuration lacks; it checks their values itself."""
+    kind = given.get("type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(f"model.type is {kind!r}: it should be melodi, transformer_xl or another")
+    names = [field.name for field in fields(CONFIG_MAPPING[kind])]
+    check_keys(given, ["type", *names], f"model (type {kind})", complete=False)
+    make_config(given)
+    return dict(given)
+
+
+def make_config(given: Mapping[str, Any]) -> PreTrainedConfig:
+    values = {key: value for key, value in given.items() if key != "type"}
+    try:
+        return CONFIG_MAPPING[given["type"]](**values)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"model: {error}") from error
+
+
+def check_together(recipe: Recipe) -> None:
+    """Refuse what does not go together, or would do nothing."""
+    data, training, evaluation = recipe.data, recipe.training, recipe.evaluation
+    at_least_one = {
+        "data.segment_length": data.segment_length,
+        "training.steps": training.steps,
+        "training.num_rows": training.num_rows,
+        "training.gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "training.log_every": training.log_every,
+        "training.save_every": training.save_every,
+        "evaluation.segment_windows": evaluation.segment_windows,
+        "evaluation.num_rows": evaluation.num_rows,
+    }
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{key} is {value}: it should be 1 or more")
+    window = recipe.model_config().window_length
+    if data.segment_length % window:
+        raise ValueError(
+            f"data.segment_length is {data.segment_length}, which is not a multiple of "
+            f"model.window_length, {window}: take {max(1, data.segment_length // window) * window}"
+        )
+    if training.log_every > training.steps:
+        raise ValueError(
+            f"training.log_every is {training.log_every}, but there are only {training.steps} "
+            "training.steps: nothing would be logged"
+        )
+
+
+def check_files(recipe: Recipe) -> None:
+    """Refuse a recipe whose files are not named or not there."""
+    data = recipe.data
+    for key, files in {"files": data.files, "test_files": data.test_files}.items():
+        if data.source == "files" and not files:
+            raise ValueError(f"data.{key} names no file: add --set data.{key}=PATH")
+        if data.source != "files" and files:
+            raise ValueError(f"data.{key} is given, but data.source is {data.source}, not files")
+    if data.source not in ("files", "standard_library") and "/" not in data.source:
+        raise ValueError(
+            f"data.source is {data.source!r}: it should be standard_library, files, "
+            "or a dataset of the Hub, owner/name"
+        )
+    if recipe.tokenizer.path is not None and not Path(recipe.tokenizer.path).exists():
+        raise ValueError(f"tokenizer.path is {recipe.tokenizer.path}, which does not exist")

@@ -1,0 +1,249 @@
+"""Train a model as its recipe says, measure it, and leave a folder that the Hub understands.
+
+    python training/train.py configuration/quickstart.yaml
+    python training/train.py configuration/quickstart.yaml --set training.seed=1 --output runs/1
+
+The folder (runs/<recipe>, or --output) then holds the model with its tokenizer and card,
+`results.json` with all that was measured, and plots of it.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+
+import torch
+from recipe import Recipe, check_files, load_recipe
+from record import (
+    RECIPE,
+    RESULTS,
+    check_disk,
+    check_output,
+    describe,
+    environment,
+    is_finished,
+    is_first_process,
+    needed_bytes,
+    peak_memory_gb,
+    report,
+    write_json,
+)
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_torch_xla_available
+from transformers.utils.logging import disable_progress_bar
+
+from melodi_hf.data.segments import Segments
+from melodi_hf.data.tokens import EncodedDocument, encode_documents, load_tokenizer, train_tokenizer
+from melodi_hf.evaluation.cards import write_card
+from melodi_hf.evaluation.continuation import read_and_continue
+from melodi_hf.evaluation.perplexity import evaluate_perplexity
+from melodi_hf.evaluation.plots import plot_by_position, plot_loss
+from melodi_hf.trainer import PAPER_ADAFACTOR, MemoryTrainer, paper_schedule
+
+QUOTED_TOKENS = 200  # of what was read, shown before its continuation
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train a model as its recipe says.")
+    parser.add_argument("recipe", type=Path, help="a file such as configuration/quickstart.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/<recipe>")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    output = options.output or Path("runs") / options.recipe.stem
+    try:
+        recipe = load_recipe(options.recipe, options.set)
+        check_files(recipe)
+        check_output(output, recipe, options.resume)
+        tokenizer = load_tokenizer(recipe.tokenizer.path) if recipe.tokenizer.path else None
+        vocab_size = len(tokenizer) if tokenizer else recipe.tokenizer.vocab_size
+        check_disk(output, needed_bytes(recipe, vocab_size))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if is_finished(output):
+        print(f"{output / RESULTS} is there: the run is finished, nothing is left to resume")
+    else:
+        run(recipe, options.recipe.stem, output, tokenizer, options.resume)
+
+
+def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -> None:
+    """From documents to a model with its card."""
+    start = time.perf_counter()
+    disable_progress_bar()  # those of saving; the others stay
+    set_seed(recipe.training.seed)
+
+    train_texts, test_texts = list(recipe.documents("train")), list(recipe.documents("test"))
+    tokenizer = tokenizer or train_tokenizer(train_texts, recipe.tokenizer.vocab_size)
+    if is_first_process():
+        write_json(output / RECIPE, recipe.as_dict())
+        tokenizer.save_pretrained(output)
+    train_data = encode_documents(train_texts, tokenizer)
+    test_data = encode_documents(test_texts, tokenizer)
+    print(f"{describe(train_data)} to train on, {describe(test_data)} to test on")
+
+    model = AutoModelForCausalLM.from_config(
+        recipe.model_config(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    print(
+        f"{model.num_parameters():,} parameters, {model.config.memory_floats():,} floats of memory"
+    )
+    trainer = make_trainer(recipe, output, model, train_data)
+    checkpoint = get_last_checkpoint(str(output)) if resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.is_world_process_zero():
+        return
+    model.config.use_cache = True  # the Trainer switches it off
+    model.save_pretrained(output)
+
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    evaluation = evaluate_perplexity(
+        model,
+        test_data,
+        start_id=tokenizer.eos_token_id,
+        segment_windows=recipe.evaluation.segment_windows,
+        num_rows=recipe.evaluation.num_rows,
+    )
+    results = {
+        "name": name,
+        "recipe": recipe.as_dict(),
+        **environment(),
+        "seed": recipe.training.seed,
+        "parameters": model.num_parameters(),
+        "memory_floats": model.config.memory_floats(),
+        "resumed": checkpoint is not None,
+        "training": {"history": [history_entry(entry) for entry in logs]},
+        "tokens_per_second": statistics.median(e["tokens_per_second"] for e in logs),
+        "evaluation": evaluation,
+        "continuation": continuation(recipe, model, tokenizer, test_data),
+        "minutes": (time.perf_counter() - start) / 60,
+        "peak_memory_gb": peak_memory_gb(),
+    }
+    plot_loss(results["training"]["history"], output / "loss")
+    plot_by_position(evaluation, output / "perplexity_by_position")
+    write_card(output, results)
+    write_json(output / RESULTS, results)
+    for leftover in output.glob("checkpoint-*"):
+        shutil.rmtree(leftover)
+    report(recipe, results, output)
+
+
+def make_trainer(
+    recipe: Recipe, output: Path, model: PreTrainedModel, data: list[EncodedDocument]
+) -> MemoryTrainer:
+    """The Trainer on as many epochs of the documents as the steps need."""
+    asked = recipe.training
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=asked.steps,
+        per_device_train_batch_size=asked.num_rows,
+        gradient_accumulation_steps=asked.gradient_accumulation_steps,
+        learning_rate=asked.learning_rate,
+        lr_scheduler_type="constant" if asked.schedule == "paper" else asked.schedule,
+        warmup_steps=asked.warmup_steps,
+        weight_decay=asked.weight_decay,
+        max_grad_norm=asked.max_grad_norm,
+        bf16=asked.precision == "bfloat16",
+        seed=asked.seed,
+        logging_steps=asked.log_every,
+        logging_nan_inf_filter=False,  # a loss that is not a number stops the run
+        save_steps=asked.save_every,
+        save_total_limit=1,
+        include_num_input_tokens_seen="all",
+        train_sampling_strategy="sequential",
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        # Said outright, or several processes on processors would not know of each other.
+        use_cpu=not (torch.accelerator.is_available() or is_torch_xla_available()),
+    )
+    # Its name in transformers 5.23, and the one before.
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    setattr(arguments, new if hasattr(arguments, new) else old, asked.gradient_checkpointing)
+    segments: dict[str, Any] = {
+        "segment_length": recipe.data.segment_length,
+        "num_rows": asked.num_rows * arguments.world_size,
+        "start_id": model.config.eos_token_id,
+        "pad_id": model.config.pad_token_id,
+        "seed": asked.seed,
+        "vocab_size": model.config.vocab_size,
+    }
+    batches = asked.steps * asked.gradient_accumulation_steps
+    epoch = Segments(data, **segments).num_steps
+    # One more than they should take, as the rows of an epoch end together only by chance.
+    train_dataset = Segments(data, **segments, num_epochs=math.ceil(batches / epoch) + 1)
+    return MemoryTrainer(
+        model,
+        arguments,
+        train_dataset=train_dataset,
+        optimizer_cls_and_kwargs=paper_optimizer(recipe)
+        if asked.optimizer == "adafactor"
+        else None,
+        schedule=paper_learning_rate(recipe) if asked.schedule == "paper" else None,
+    )
+
+
+def paper_optimizer(recipe: Recipe) -> tuple[type, dict[str, Any]]:
+    optimizer, options = PAPER_ADAFACTOR
+    return optimizer, {**options, "lr": recipe.training.learning_rate}
+
+
+def paper_learning_rate(recipe: Recipe):
+    """The paper's schedule, scaled to the recipe's peak and warm-up."""
+    peak, warmup = recipe.training.learning_rate, recipe.training.warmup_steps
+    return lambda step, total: paper_schedule(step, total, peak, peak / 10, warmup)
+
+
+def history_entry(logged: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "step": "step",
+        "num_input_tokens_seen": "tokens",
+        "loss": "loss",
+        "learning_rate": "learning_rate",
+    }
+    return {ours: logged[theirs] for theirs, ours in names.items()}
+
+
+def continuation(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, test_data: list[EncodedDocument]
+) -> dict[str, Any] | None:
+    """Read test documents, the longest first, and go on where `read_tokens` of them end."""
+    asked = recipe.evaluation
+    if not asked.read_tokens:
+        return None
+    longest_first = sorted(test_data, key=lambda document: -len(document.ids))
+    start = tokenizer.eos_token_id
+    ids = [x for document in longest_first for x in (start, *document.ids.tolist())]
+    ids = ids[: asked.read_tokens]
+    set_seed(recipe.training.seed)
+    new_ids, figures = read_and_continue(model, ids, asked.new_tokens, do_sample=True, top_p=0.9)
+    quoted = tokenizer.decode(ids[-QUOTED_TOKENS:], skip_special_tokens=True)
+    return {
+        **figures,
+        "read": quoted,
+        "written": tokenizer.decode(new_ids, skip_special_tokens=True),
+    }
+
+
+if __name__ == "__main__":
+    main()
