@@ -6,6 +6,8 @@ the name that the configs give in `layer_types`, so that generate() builds it un
 ordinary `DynamicCache`. `MelodiCache` adds what long documents need.
 """
 
+from typing import cast
+
 import torch
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -151,10 +153,11 @@ def fetch_memory(cache, layers, x):
             f"past_key_values holds {len(cache.layers)} layers ({', '.join(sorted(kinds))}) and "
             f"this model has {len(layers)}: give MelodiCache(model.config), or nothing"
         )
-    if cache.layers[0].memory is None:
+    held_layers = cast(list[WindowMemoryLayer], cache.layers)
+    if held_layers[0].memory is None:
         _fill(cache, layers, x)
     _refuse_other(cache, layers, x)
-    return tuple(held.memory for held in cache.layers), cache.layers[0].progress
+    return tuple(held.memory for held in held_layers), held_layers[0].progress
 
 
 def store_memory(cache, memory, columns):
