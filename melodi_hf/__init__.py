@@ -32,7 +32,3 @@ for config, model, language_model in (
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
     AutoModelForCausalLM.register(config, language_model, exist_ok=True)
-    # What is saved carries its code along, and loads where this package is not installed.
-    config.register_for_auto_class()
-    model.register_for_auto_class("AutoModel")
-    language_model.register_for_auto_class("AutoModelForCausalLM")

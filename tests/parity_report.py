@@ -34,11 +34,14 @@ def read_golden(path):
     return {n: t for n, t in tensors.items() if t.numel() or n.startswith("params/")}, sizes
 
 
-def held(memory, name):
+def held(memory, name, window_length):
     """The part of a model's memory that the JAX code calls `name`."""
     layer = memory.layers[int(re.search(r"(?:melodi_layers_|transformer)(\d+)", name)[1])]
-    if "kvi_cache" in name:
-        return (layer.keys if "keys" in name else layer.values).transpose(1, 2)
+    if "kvi_cache" in name:  # the last tokens of each row, the last window's or the open one's
+        slots = (layer.keys if "keys" in name else layer.values).transpose(1, 2)
+        fill = (memory.progress.tokens_read % window_length).tolist()
+        rows = zip(slots, fill, strict=True)
+        return torch.stack([row[begun : begun + window_length] for row, begun in rows])
     return layer.short if "short_memory" in name else layer.long
 
 
@@ -91,7 +94,7 @@ def measure(path, model=None, segments=None, with_gradients=True):
         found |= {f"layers/seg{segment}/layer{i}/xs": x for i, x in enumerate(xs)}
         found |= {f"layers/seg{segment}/layer{i}/us": u for i, u in enumerate(us)}
         state = [name for name in golden if name.startswith(f"state/seg{segment}/")]
-        found |= {name: held(memory, name) for name in state}
+        found |= {name: held(memory, name, model.config.window_length) for name in state}
         prefix = "grads" if segment == 0 else f"grads_seg{segment}"
         if with_gradients and f"{prefix}/embed/embedding" in golden:
             model.zero_grad()

@@ -171,23 +171,6 @@ def test_a_reordered_row_is_another_row(name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-@pytest.mark.parametrize("how", ["assistant_model", "prompt_lookup_num_tokens"])
-def test_assisted_decoding_is_refused(name, how):
-    model = build(name)
-    value = build(name, num_hidden_layers=3) if how == "assistant_model" else 3
-    with pytest.raises(ValueError, match="stateful"):
-        generate(model, draw(1, 5), **{how: value})
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_a_memory_cannot_be_cropped(name):
-    model = build(name)
-    cache = read(model, draw(1, DOCUMENT))
-    with pytest.raises(ValueError, match=r"crop\(.*\): a memory cannot take back tokens"):
-        cache.crop(-3)
-
-
-@pytest.mark.parametrize("name", BOTH)
 def test_the_cache_of_another_model_or_batch_is_refused(name):
     model, other = build(name), BOTH[1 - BOTH.index(name)]
     ids = draw(1, 5)

@@ -199,7 +199,10 @@ def assert_equal(model, twin, lengths=(8, 8, 8)):
             (output.hidden_states[-1], twins["hidden"]),
             (xs, twins["xs"]),
             (us, twins["us"]),
-            ([held(memory, name) for name in names], [state[name] for name in names]),
+            (
+                [held(memory, name, model.config.window_length) for name in names],
+                [state[name] for name in names],
+            ),
             (output.loss, entropy),
             (gradients(model), dict(zip(parameters, gradient, strict=True))),
         ):

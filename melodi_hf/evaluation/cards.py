@@ -71,39 +71,63 @@ call before goes on where that one ended. The memory is changed in place and doe
 
 def write_card(
     run_dir: str | Path,
-    results: Results,
+    results: Results | None,
     *,
     template: str | Path = TEMPLATE,
     repo_id: str | None = None,
     license: str = "apache-2.0",
 ) -> Path:
-    """Write the card of the model in `run_dir`, named after its place on the Hub if it has one."""
+    """Write the card of the model in `run_dir`, named after its place on the Hub if it has one.
+
+    Without results it says what the model is, and nothing of how it was trained or how good it is.
+    """
     run_dir = Path(run_dir)
     config = AutoConfig.from_pretrained(run_dir)
-    corpus = describe_corpus(results)
-    title = f"{SYSTEMS[config.model_type]}, {describe_size(results['parameters'])}, {corpus}"
+    title, trained = SYSTEMS[config.model_type], ""
+    if results is not None:
+        corpus = describe_corpus(results)
+        title = f"{title}, {describe_size(results['parameters'])}, {corpus}"
+        trained = f" trained on {corpus}"
     fields = {
         "front_matter": front_matter(results, title, license),
         "title": title,
-        "summary": f"A memory transformer trained on {corpus}: it reads a document of any length "
+        "summary": f"A memory transformer{trained}: it reads a document of any length "
         f"in windows of {config.window_length} tokens and holds a memory of constant size.",
         "snippet": SNIPPET.format(name=repo_id or shown(run_dir)),
         "carrying": CARRYING,
         "memory": describe_memory(config),
-        "evaluation": describe_evaluation(results, run_dir),
-        "limits": describe_limits(results),
-        "training": describe_training(results),
-        "data": f"Weights and code: {license}. {describe_rights(results)}",
+        "evaluation": "",  # a section of which nothing is told is left out
+        "limits": "",
+        "training": "",
+        "data": f"Weights and code: {license}.",
         "citation": f"```bibtex{CITATIONS[config.model_type]}\n```",
     }
+    if results is not None:
+        fields["evaluation"] = describe_evaluation(results, run_dir)
+        fields["limits"] = describe_limits(results)
+        fields["training"] = describe_training(results)
+        fields["data"] += f" {describe_rights(results)}"
     text = Template(Path(template).read_text(encoding="utf-8")).substitute(fields)
     path = run_dir / "README.md"
     path.write_text(EMPTY_SECTION.sub("", text), encoding="utf-8")
     return path
 
 
-def front_matter(results: Results, title: str, license: str) -> str:
-    """The card's metadata, with the measured perplexities as the Hub understands them."""
+def front_matter(results: Results | None, title: str, license: str) -> str:
+    """The card's metadata."""
+    card = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["long-context", "memory"],
+        model_name=title,
+        **({} if results is None else front_matter_of_run(results)),
+    )
+    return card.to_yaml()
+
+
+def front_matter_of_run(results: Results) -> dict[str, Any]:
+    """What was trained on, and the measured perplexities as the Hub understands them."""
     data, corpus = results["recipe"]["data"], describe_corpus(results)
     measured = [
         EvalResult(
@@ -117,18 +141,12 @@ def front_matter(results: Results, title: str, license: str) -> str:
         )
         for name, setting in results["evaluation"]["settings"].items()
     ]
-    card = ModelCardData(
-        license=license,
-        language=["en", "code"] if data["source"] == "standard_library" else ["en"],
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["long-context", "memory"],
-        datasets=[data["source"]] if "/" in data["source"] else None,
-        metrics=["perplexity"],
-        model_name=title,
-        eval_results=measured,
-    )
-    return card.to_yaml()
+    return {
+        "language": ["en", "code"] if data["source"] == "standard_library" else ["en"],
+        "datasets": [data["source"]] if "/" in data["source"] else None,
+        "metrics": ["perplexity"],
+        "eval_results": measured,
+    }
 
 
 def describe_corpus(results: Results) -> str:
@@ -206,14 +224,15 @@ def describe_evaluation(results: Results, run_dir: Path) -> str:
 
 
 def describe_continuation(continuation: dict[str, Any]) -> list[str]:
-    """The end of what was read, and how the model went on."""
-    return [
+    """How the model went on, behind the end of what it read where the results quote that."""
+    begin = (
         f"After {continuation['tokens_read']:,} tokens of test documents, of which it held "
-        f"{continuation['memory_bytes']:,} bytes, the model read",
-        f"````text\n{continuation['read']}\n````",
-        "and went on, always with the likeliest token,",
-        f"````text\n{continuation['written']}\n````",
-    ]
+        f"{continuation['memory_bytes']:,} bytes, the model"
+    )
+    written = f"````text\n{continuation['written']}\n````"
+    if "read" not in continuation:
+        return [f"{begin} went on", written]
+    return [f"{begin} read", f"````text\n{continuation['read']}\n````", "and went on", written]
 
 
 def describe_limits(results: Results) -> str:

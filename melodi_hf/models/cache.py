@@ -3,29 +3,61 @@
 One cache layer per decoder layer, holding that layer's memory and how far each row has read, in
 tensors of fixed size: what is held does not depend on how much was read. It registers itself under
 the name that the configs give in `layer_types`, so that generate() builds it unasked inside an
-ordinary `DynamicCache`. `MelodiCache` adds what long documents need.
+ordinary `DynamicCache` or `StaticCache`. `MelodiCache` adds what long documents need.
+
+Tokens can be taken back (`crop`, for assisted decoding). Within the open window that is a matter of
+counting. A window that was closed since `activate_past_recording()` is kept as it was before.
 """
 
-from typing import cast
+import copy
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+)
 
 from .refusals import refuse_foreign_layer
-from .windows import Progress
+from .windows import Progress, put_rows, widened
+
+# Columns whose ids are held, to tell new ids from a repetition of those that were read, and how far
+# back a recording goes.
+RECENT = 1024
+
+NOT_AN_ID = -1  # a column of padding
+UNKNOWN_ID = -2  # a column that was given as an embedding
+
+
+class FullWindow(NamedTuple):
+    """The memory as some rows had filled their window and not closed it yet."""
+
+    closing: Tensor  # B, which rows
+    end: Tensor  # B, the tokens that they had read
+    memory: Any
 
 
 class WindowMemoryLayer(CacheLayerMixin):
     """The memory of one layer (a NamedTuple of tensors, rows first) for rows that may stand at
     different places of their documents."""
 
-    _layer_type = "window_memory"
+    _layer_type: str | None = "window_memory"
+    is_croppable = True
     supports_early_init = False
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.memory, self.progress, self.columns = None, None, 0
+        self.memory: Any = None  # until the model fills it, as what follows
+        self.progress: Any = None
+        self.recent: Any = None  # B RECENT, the ids of the last columns
+        self.columns: Any = 0  # read, padding included; a tensor in a static cache
+        self.croppable = 0  # of them, those that `crop` may take back
+        self.record_past = False
+        self.journal: list[FullWindow] = []  # oldest first
 
     def lazy_initialization(self, key_states, value_states):
         raise ValueError("the sizes of a memory are known to its model: let the model fill it")
@@ -36,12 +68,24 @@ class WindowMemoryLayer(CacheLayerMixin):
             "with the model it was made by (prefix tuning and other models cannot write to it)"
         )
 
-    def store(self, memory, progress, columns):
-        """Take over the memory after a call that read `columns` columns, padding included."""
-        self.progress, self.columns = progress, self.columns + columns
-        assert self.memory is not None  # fetch_memory comes first
+    def begin(self, memory, window_length, batch_size, device):
+        """Hold an empty memory."""
+        self.memory, self.window_length = memory, window_length
+        self.progress = Progress(torch.zeros(batch_size, dtype=torch.long, device=device), 0)
+        self.recent = torch.full((batch_size, RECENT), NOT_AN_ID, device=device)
+
+    def store(self, memory, progress, recent, columns, full_windows):
+        """Take over the memory after a call of `columns` columns, padding included."""
+        kept = progress.tokens_read - RECENT
+        windows = [*self.journal, *full_windows]
+        self.journal = [full for full in windows if (full.end > kept).any()]
+        # What the journal holds must not be written to.
+        write = _anew if full_windows else _write
         pairs = zip(self.memory, memory, strict=True)
-        self.memory = type(memory)(*(_write(held, new) for held, new in pairs))
+        self.memory = type(memory)(*(write(held, new) for held, new in pairs))
+        self.progress, self.recent = progress, recent
+        self.columns += columns
+        self.croppable = min(self.croppable + columns, RECENT)
         self.is_initialized = True
 
     def get_seq_length(self):
@@ -61,16 +105,16 @@ class WindowMemoryLayer(CacheLayerMixin):
 
     def _for_all_tensors(self, function):
         if self.memory is not None:
-            self.memory, self.progress = tree_map(
-                lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf,
-                (self.memory, self.progress),
+            held = self.memory, self.progress, self.recent, self.journal
+            self.memory, self.progress, self.recent, self.journal = tree_map(
+                lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, held
             )
 
     def reset(self):
-        self._for_all_tensors(torch.zeros_like)
-        self.columns = 0
-        if self.progress is not None:
-            self.progress = Progress(self.progress.tokens_read, 0)
+        if self.memory is not None:
+            empty = type(self.memory)(*(torch.zeros_like(tensor) for tensor in self.memory))
+            self.begin(empty, self.window_length, self.batch_size, self.recent.device)
+        self.columns, self.croppable, self.journal = 0, 0, []
 
     def reorder_cache(self, beam_idx):
         self._for_all_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -80,20 +124,111 @@ class WindowMemoryLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats):
         self._for_all_tensors(lambda t: t.repeat_interleave(repeats, dim=0))
 
+    def activate_past_recording(self):
+        """From now on keep what `crop` needs to go back beyond the beginning of a window."""
+        self.record_past = True
+
     def crop(self, tokens_to_remove):
-        if tokens_to_remove != 0:
+        """Take back the last columns; how many is given as a negative number."""
+        removed = -tokens_to_remove
+        if not 0 <= removed <= self.croppable:
             raise ValueError(
-                f"crop({tokens_to_remove}): a memory cannot take back tokens that it has read; "
-                f"clone it before reading what may have to be undone"
+                f"crop({tokens_to_remove}): give how many columns to take back as a negative "
+                f"number, at most the last {self.croppable}; to go back further, clone the memory "
+                f"before reading on"
             )
+        if removed == 0:
+            return
+        lost = (self.recent[:, -removed:] != NOT_AN_ID).sum(1)
+        tokens_read, fill = self.progress.tokens_read - lost, self.progress.fill
+        self.memory = self._as_it_was(tokens_read, tokens_to_remove)
+        rows = [full.closing & (full.end <= tokens_read) for full in self.journal]
+        left = (full._replace(closing=r) for full, r in zip(self.journal, rows, strict=True))
+        self.journal = [full for full in left if full.closing.any()]
+        if fill is not None:
+            together = bool((lost == lost[0]).all())
+            fill = (fill - int(lost[0])) % self.window_length if together else None
+        self.progress = Progress(tokens_read, fill)
+        unknown = self.recent.new_full((len(self.recent), removed), NOT_AN_ID)
+        self.recent = torch.cat((unknown, self.recent[:, :-removed]), dim=1)
+        self.columns -= removed
+        self.croppable -= removed
+
+    def _as_it_was(self, tokens_read, asked):
+        # The memory as the rows had read `tokens_read` (B,) tokens. Slots of a window that lie
+        # behind what was read are never looked at.
+        memory, before = self.memory, self.progress.tokens_read
+        reached = tokens_read >= before - before % self.window_length
+        for full in reversed(self.journal):
+            rows = full.closing & (tokens_read < full.end)
+            pairs = zip(full.memory, memory, strict=True)
+            memory = type(memory)(*(_choose(rows, old, new) for old, new in pairs))
+            reached = reached | (rows & (tokens_read >= full.end - self.window_length))
+        if not reached.all():
+            raise ValueError(
+                f"crop({asked}) goes back beyond the beginning of the open window, and the window "
+                f"before was not recorded: call activate_past_recording() before reading what may "
+                f"have to be taken back, or clone the memory"
+            )
+        return memory
 
     def offload(self):
-        self.device = None if self.progress is None else self.progress.tokens_read.device
-        self._for_all_tensors(lambda t: t.to("cpu", non_blocking=True))
+        if self.memory is not None:
+            self.memory = type(self.memory)(*(tensor.to("cpu") for tensor in self.memory))
 
     def prefetch(self):
-        if self.is_initialized and self.device is not None:
-            self._for_all_tensors(lambda t: t.to(self.device, non_blocking=True))
+        if self.memory is not None:
+            device = self.progress.tokens_read.device
+            self.memory = type(self.memory)(*(tensor.to(device) for tensor in self.memory))
+
+
+class StaticWindowMemoryLayer(WindowMemoryLayer):
+    """The same in tensors that stay where they are, for steps that are compiled once."""
+
+    _layer_type = None  # in the list of static layers, below
+    is_compileable = True
+    is_croppable = False
+
+    def begin(self, memory, window_length, batch_size, device):
+        super().begin(memory, window_length, batch_size, device)
+        self.progress = self.progress._replace(fill=None)  # a number would be part of the graph
+        self.columns = torch.zeros((), dtype=torch.long, device=device)
+        if not torch.compiler.is_compiling():
+            for tensor in (*memory, self.progress.tokens_read, self.recent, self.columns):
+                torch._dynamo.mark_static_address(tensor)
+
+    def store(self, memory, progress, recent, columns, full_windows):
+        for held, new in zip(self.memory, memory, strict=True):
+            if new is not held:
+                held[_leading(new)] = new
+        self.progress.tokens_read.copy_(progress.tokens_read)
+        self.recent.copy_(recent)
+        self.columns.add_(columns)
+        self.is_initialized = True
+
+    def _for_all_tensors(self, function):
+        def stay(leaf):
+            new = function(leaf)
+            return leaf.copy_(new) if new.shape == leaf.shape else new
+
+        super()._for_all_tensors(stay)
+
+    def reset(self):
+        if self.memory is not None:
+            self._for_all_tensors(torch.zeros_like)
+            self.recent.fill_(NOT_AN_ID)
+            self.columns.zero_()
+
+    def activate_past_recording(self):
+        raise ValueError("a static cache takes nothing back: use the default one")
+
+    def crop(self, tokens_to_remove):
+        if tokens_to_remove != 0:
+            raise ValueError("a static cache takes nothing back: use the default one")
+
+
+STATIC_LAYER_TYPE_MAPPING["window_memory"] = StaticWindowMemoryLayer
+OURS = {WindowMemoryLayer.__name__, StaticWindowMemoryLayer.__name__}
 
 
 class MelodiCache(DynamicCache):
@@ -108,8 +243,16 @@ class MelodiCache(DynamicCache):
         super().__init__(config=config)
 
     def memory_bytes(self) -> int:
-        """Bytes of everything that is held."""
+        """Bytes of the memories."""
         return memory_bytes(self)
+
+    def clone(self) -> "MelodiCache":
+        """Another one with the same content; what one of them reads the other does not know."""
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in twin.layers:
+            layer._for_all_tensors(lambda tensor: tensor.detach().clone())
+        return twin
 
     def detach_(self):
         """Cut the graph behind everything that is held."""
@@ -130,7 +273,7 @@ class MelodiCache(DynamicCache):
 
 
 def memory_bytes(cache) -> int:
-    """Bytes of the tensors that a cache of this library holds."""
+    """Bytes of the memories that a cache of this library holds."""
     held = [t for layer in cache.layers if layer.memory is not None for t in layer.memory]
     return sum(t.numel() * t.element_size() for t in held)
 
@@ -148,29 +291,47 @@ def fetch_memory(cache, layers, x):
     if len(cache.layers) == 0:  # DynamicCache() without a config
         cache.layers = [WindowMemoryLayer() for _ in layers]
     kinds = {type(held).__name__ for held in cache.layers}
-    if kinds != {WindowMemoryLayer.__name__} or len(cache.layers) != len(layers):
+    if not kinds <= OURS or len(cache.layers) != len(layers):
         raise ValueError(
             f"past_key_values holds {len(cache.layers)} layers ({', '.join(sorted(kinds))}) and "
             f"this model has {len(layers)}: give MelodiCache(model.config), or nothing"
         )
     held_layers = cast(list[WindowMemoryLayer], cache.layers)
     if held_layers[0].memory is None:
-        _fill(cache, layers, x)
+        device = "cpu" if cache.offloading else x.device
+        for held, layer in zip(held_layers, layers, strict=True):
+            empty = layer.empty_memory(len(x), device, x.dtype, for_generation=True)
+            held.begin(empty, layer.config.window_length, len(x), x.device)
     _refuse_other(cache, layers, x)
     return tuple(held.memory for held in held_layers), held_layers[0].progress
 
 
-def store_memory(cache, memory, columns):
-    """Write the memory after a call that read `columns` columns back into the cache."""
-    for held, new in zip(cache.layers, memory.layers, strict=True):
-        held.store(new, memory.progress, columns)
+def store_memory(cache, memory, plan, input_ids, mask):
+    """Write the memory after a call back into the cache.
+
+    input_ids: B T, or None if embeddings were read; mask: B T, true at tokens, None if all are.
+    """
+    recent = cache.layers[0].recent
+    if input_ids is None:
+        input_ids = recent.new_full((len(recent), plan.num_columns), UNKNOWN_ID)
+    if mask is not None:
+        input_ids = input_ids.masked_fill(~mask, NOT_AN_ID)
+    recent = torch.cat((recent, input_ids.to(recent.device)), dim=1)[:, -RECENT:]
+    for i, (held, new) in enumerate(zip(cache.layers, memory.layers, strict=True)):
+        full = [_full_window(chunk, held, i) for chunk in plan.chunks if chunk.snapshots]
+        held.store(new, memory.progress, recent, plan.num_columns, full)
 
 
-def _fill(cache, layers, x):
-    progress = Progress(torch.zeros(len(x), dtype=torch.long, device=x.device), 0)
-    for held, layer in zip(cache.layers, layers, strict=True):
-        held.memory = layer.empty_memory(len(x), x.device, x.dtype, for_generation=True)
-        held.progress = progress
+def _full_window(chunk, held, layer_idx):
+    # What a chunk remembers of a layer, for all rows of the batch.
+    memory, closing, end = chunk.snapshots[layer_idx], chunk.closing, chunk.end
+    if chunk.rows is not None:
+        pairs = zip(held.memory, memory, strict=True)
+        memory = type(memory)(*(put_rows(old, new, chunk.rows) for old, new in pairs))
+        everyone = torch.zeros_like(held.progress.tokens_read)
+        closing = everyone.bool().index_copy(0, chunk.rows, closing)
+        end = everyone.index_copy(0, chunk.rows, end)
+    return FullWindow(closing, end, memory)
 
 
 def _refuse_other(cache, layers, x):
@@ -184,6 +345,19 @@ def _refuse_other(cache, layers, x):
         refuse_foreign_layer(i, held.memory, layer.memory_shapes(for_generation=True), {})
 
 
+def _choose(rows, old, new):
+    rows = rows.to(new.device).view(-1, *[1] * (new.dim() - 1))
+    return torch.where(rows, widened(old.to(new.dtype), new.shape), new)
+
+
+def _leading(tensor):
+    return tuple(slice(0, size) for size in tensor.shape)
+
+
+def _anew(held, new):
+    return widened(new, held.shape).clone()
+
+
 def _write(held, new):
     # The leading slots of a buffer of fixed size; where torch forbids writing there (a graph, a
     # buffer made in inference mode), a new one takes its place.
@@ -192,12 +366,6 @@ def _write(held, new):
     has_graph = new.requires_grad or held.requires_grad
     is_sealed = held.is_inference() and not torch.is_inference_mode_enabled()
     if has_graph or is_sealed or new.dtype != held.dtype or held.device != new.device:
-        return _widened(new, held.shape)
-    held[tuple(slice(0, size) for size in new.shape)] = new
+        return widened(new, held.shape)
+    held[_leading(new)] = new
     return held
-
-
-def _widened(tensor, shape):
-    missing = [full - size for full, size in zip(shape, tensor.shape, strict=True)]
-    pad = [slots for after in reversed(missing) for slots in (0, after)]
-    return torch.nn.functional.pad(tensor, pad)

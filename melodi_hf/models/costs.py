@@ -90,6 +90,11 @@ def held_bytes(config, bytes_per_number) -> int:
 
 
 @held_bytes.register
+def _(config: TransformerXLConfig, bytes_per_number):
+    return 2 * config.memory_floats() * bytes_per_number  # the last window and the open one
+
+
+@held_bytes.register
 def _(config: MelodiConfig, bytes_per_number):
     short, window = config.num_short_memory_tokens, config.window_length
     layer = short * config.hidden_size + 2 * (short + window) * _heads(config)

@@ -25,6 +25,10 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -43,7 +47,7 @@ from .refusals import (
     refuse_packed_rows,
     refuse_unknown_ids,
 )
-from .windows import Plan, Progress, RaggedPlan
+from .windows import Progress, make_plan
 
 
 class Memory(NamedTuple):
@@ -86,6 +90,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     """One layer of a memory architecture. Checkpointing needs tensors as arguments, one by one."""
 
     window_axis: ClassVar[dict[str, int]] = {}  # of the fields that grow with the open window
+    changed_by_closing: ClassVar[tuple[str, ...]] = ()  # the fields that a new window finds changed
 
     memory_type: ClassVar[type]  # the NamedTuple
 
@@ -95,6 +100,25 @@ class DecoderLayer(GradientCheckpointingLayer):
         For generation the open window has all its slots; in training it has those that are read.
         """
         raise NotImplementedError
+
+    def position_bias(self, chunk):
+        """H T J or B H T J, for the queries of a chunk."""
+        raise NotImplementedError
+
+    def read(self, chunk, bias, memory, *parts):
+        """One cell: a chunk of one window through this layer -> what comes of it, the memory."""
+        raise NotImplementedError
+
+    def read_chunks(self, plan, memory, *parts):
+        """All cells of a call, one after the other. parts: each a list of one tensor per chunk."""
+        biases, pieces = {}, []
+        for chunk, *part in zip(plan.chunks, *parts, strict=True):
+            if chunk.pattern not in biases:
+                biases[chunk.pattern] = self.position_bias(chunk)
+            bias = biases[chunk.pattern]
+            piece, memory = chunk.run(self.read, self.changed_by_closing, bias, memory, *part)
+            pieces.append(piece)
+        return pieces, memory
 
     def empty_memory(self, batch_size, device, dtype, for_generation=False):
         """The memory before the first token."""
@@ -114,8 +138,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # A memory is rolled back only between windows: assisted decoding is refused, not wrong.
-    _is_stateful = True
+    _is_stateful = False  # a memory takes tokens back (`crop`), so assisted decoding is exact
+    _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values", "memory"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -143,6 +167,16 @@ class DecoderPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         refuse_infinite_weights(model.named_parameters(), args[0] if args else "the checkpoint")
         return loaded
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; each Auto class finds its code, whichever class is saved."""
+        system, name = self.config.model_type, type(self.config).__name__.removesuffix("Config")
+        self.config.auto_map = {
+            "AutoConfig": f"configuration_{system}.{name}Config",
+            "AutoModel": f"modeling_{system}.{name}Model",
+            "AutoModelForCausalLM": f"modeling_{system}.{name}ForCausalLM",
+        }
+        return super().save_pretrained(*args, **kwargs)
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -172,13 +206,17 @@ class DecoderModel(DecoderPreTrainedModel):
         """What flows from layer to layer: the tokens, and whatever a system lets ride with them."""
         return (x,)
 
-    def read(self, x, memories, plan):
-        """x: B T D -> B T D and the memories after this call."""
+    def read(self, x, memories, plan, offload=False):
+        """x: B T D -> B T D and the memories after this call.
+
+        offload: the memories wait on the CPU, and come to the device of x one at a time.
+        """
         streams, after = self.streams(x, plan), []
         for layer, memory in zip(self.layers, memories, strict=True):
-            outputs = layer(*streams, *memory, plan=plan)
-            streams = outputs[: len(streams)]
-            after.append(type(memory)(*outputs[len(streams) :]))
+            held = (tensor.to(x.device) for tensor in memory) if offload else memory
+            outputs = layer(*streams, *held, plan=plan)
+            streams, new = outputs[: len(streams)], outputs[len(streams) :]
+            after.append(type(memory)(*(t.to("cpu") for t in new) if offload else new))
         return streams[0], tuple(after)
 
     @merge_with_config_defaults
@@ -202,11 +240,16 @@ class DecoderModel(DecoderPreTrainedModel):
         before = self._memory_before(x, past_key_values, memory, reset_memory)
         mask = real_columns(attention_mask, x, past_key_values)
         refuse_packed_rows(kwargs.get("position_ids"), mask)
-        plan = make_plan(before.progress, x, mask, self.config.window_length)
-        x, layers = self.read(x, before.layers, plan)
+        plan = make_plan(before.progress, x.shape[1], mask, self.config.window_length)
+        cache = past_key_values
+        if cache is not None and cache.layers[0].record_past:
+            plan.record()
+        x, layers = self.read(
+            x, before.layers, plan, offload=cache is not None and cache.offloading
+        )
         after = Memory(layers, plan.progress)
-        if past_key_values is not None:
-            store_memory(past_key_values, after, x.shape[1])
+        if cache is not None:
+            store_memory(cache, after, plan, input_ids, mask)
         return DecoderOutput(
             last_hidden_state=self.norm(x),
             past_key_values=past_key_values,
@@ -329,18 +372,24 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
 
 
-def make_plan(progress, x, mask, window_length):
-    """How this call falls into windows."""
-    if mask is None and progress.fill is not None:
-        return Plan(progress, x.shape[1], window_length)
-    if mask is None:
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    return RaggedPlan(progress, mask, window_length)
+def make_known(model, language_model):
+    """Tell transformers the classes of a system. What is saved then carries its code along, and the
+    Trainer's label smoothing shifts the labels, as it does for language models known by name."""
+    model.config_class.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")
+    language_model.register_for_auto_class("AutoModelForCausalLM")
+    system = model.config_class.model_type
+    MODEL_MAPPING_NAMES[system] = model.__name__
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[system] = language_model.__name__
 
 
 def detach(memory):
-    """Truncated backpropagation, in one place."""
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, memory)
+    """Truncated backpropagation, in one place; what is carried keeps nothing else alive."""
+
+    def cut(leaf):
+        return leaf.detach().contiguous() if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_map(cut, memory)
 
 
 def restart(memory, rows, empty):

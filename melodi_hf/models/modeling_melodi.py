@@ -33,7 +33,7 @@ from transformers import initialization as init
 
 from .attention import Attention, merge_heads
 from .configuration_melodi import MelodiConfig
-from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward
+from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward, make_known
 from .norm import RMSNorm
 
 
@@ -118,6 +118,7 @@ class MelodiLayer(DecoderLayer):
 
     memory_type = MelodiMemory
     window_axis = {"keys": 2, "values": 2, "outputs": 1}  # noqa: RUF012
+    changed_by_closing = ("short", "long", "long_keys", "long_values")
     long_length = 0
 
     def __init__(self, config, layer_idx):
@@ -149,19 +150,14 @@ class MelodiLayer(DecoderLayer):
         }
 
     def forward(self, x, summaries, *memory, plan):
-        # x: B T D; summaries: B C U D, C the windows that close in this call
+        # x: B T D; summaries: lanes C U D, C the windows that close in this call
         num_summaries = self.config.num_summary_tokens
         h = plan.pack(x, summaries)
         normed = self.dropout(self.input_layernorm(h))
         q, (k, v) = self.self_attn.queries(normed), self.self_attn.keys_values(normed)
         given = MelodiMemory(*memory)
-        memory, biases, pieces = self.open(given), {}, []
         parts = (plan.split(t, dim, num_summaries) for t, dim in ((h, 1), (q, 2), (k, 2), (v, 2)))
-        for chunk, *part in zip(plan.chunks, *parts, strict=True):
-            if chunk.pattern not in biases:
-                biases[chunk.pattern] = self.position_bias(chunk)
-            piece, memory = self.read(chunk, biases[chunk.pattern], memory, *part)
-            pieces.append(piece)
+        pieces, memory = self.read_chunks(plan, self.open(given), *parts)
         x, summaries = plan.unpack(pieces, num_summaries)
         return x, summaries, *self.shut(memory, given)
 
@@ -188,9 +184,9 @@ class MelodiLayer(DecoderLayer):
         h = h + self.dropout(self.mlp(self.post_attention_layernorm(h)))
         outputs = chunk.extend(*chunk.begin((memory.outputs,), lambda: (h[:, :0],), 1), h, dim=1)
         memory = memory._replace(
-            keys=chunk.hold(keys, 2, num_short),
-            values=chunk.hold(values, 2, num_short),
-            outputs=chunk.hold(outputs, 1),
+            keys=chunk.trim(keys, 2, num_short),
+            values=chunk.trim(values, 2, num_short),
+            outputs=chunk.trim(outputs, 1),
         )
         return self.close(h, outputs, memory, chunk) if chunk.closes else (h, memory)
 
@@ -200,11 +196,17 @@ class MelodiLayer(DecoderLayer):
 
     def close(self, h, outputs, memory, chunk):
         """The window is full (`outputs`: B W+U D): mix what stays of it."""
+        chunk.remember(memory)
         length = self.config.window_length
         summaries = self.summary_mixer(outputs, length)
         short = chunk.where_closed(self.short_mixer(outputs, length), memory.short)
         h = torch.cat((h[:, : chunk.tokens], summaries), dim=1)
-        return h, memory._replace(short=short)
+        return h, memory._replace(
+            short=short,
+            keys=chunk.emptied(memory.keys, 2),
+            values=chunk.emptied(memory.values, 2),
+            outputs=chunk.emptied(memory.outputs, 1),
+        )
 
     def open(self, memory):
         """Before the first window of a call."""
@@ -258,12 +260,12 @@ class LongTermMelodiLayer(MelodiLayer):
         def push(queue, new, dim):
             return chunk.where_closed(slide(queue, new, dim), queue)
 
-        memory = memory._replace(
+        h, closed = super().close(h, outputs, memory, chunk)
+        return h, closed._replace(
             long=push(memory.long, pushed, 1),
             long_keys=push(memory.long_keys, keys, 2),
             long_values=push(memory.long_values, values, 2),
         )
-        return super().close(h, outputs, memory, chunk)
 
 
 def slide(queue, new, dim):
@@ -298,9 +300,9 @@ class MelodiModel(DecoderModel):
         return (LongTermMelodiLayer if is_long else MelodiLayer)(config, layer_idx)
 
     def streams(self, x, plan):
-        # Summary tokens ride with each window that closes: B C U D
+        # Summary tokens ride with each window that closes: lanes C U D
         summaries = self.summary_embeddings.to(x.dtype)
-        return x, summaries.expand(len(x), plan.num_closing, -1, -1)
+        return x, summaries.expand(plan.lanes, plan.num_closing, -1, -1)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -326,3 +328,6 @@ def init_melodi(module):
     for name in ("summary_embeddings", "gate"):
         if name in module._parameters:
             init.trunc_normal_(module._parameters[name], std=0.25, a=-0.5, b=0.5)
+
+
+make_known(MelodiModel, MelodiForCausalLM)

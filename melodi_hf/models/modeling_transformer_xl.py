@@ -1,11 +1,11 @@
 """Transformer-XL with a sliding window (Dai et al., 2019), as MELODI is compared with it.
 
-Each layer keeps the keys and values of the last W tokens, and every token attends to exactly the W
+Each layer keeps the keys and values of the window before, and every token attends to exactly the W
 tokens before it, whichever window they lie in:
 
     memory of window k-1   [ k v k v k v k v ]
     window k               [ x x x x x x x x ]   x_i sees memory i..W and x_0..x_{i-1}
-    memory of window k     the keys and values of the last W tokens
+    memory of window k     the keys and values of its own tokens
 
 Differs from the paper as the released baseline of MELODI does: keys and values are cached instead
 of hidden states, gradients flow through all windows of a segment, and positions are T5's relative
@@ -13,29 +13,30 @@ biases. Before the first token the memory is zeros, which are attended to unless
 `mask_empty_memory` is set. `mlp_bias` chooses between the two feed-forward variants in use.
 """
 
+from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .attention import Attention, merge_heads
 from .configuration_transformer_xl import TransformerXLConfig
-from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward
+from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward, make_known
 from .norm import RMSNorm
-from .windows import banded_bias
 
 
 class WindowMemory(NamedTuple):
-    """Keys (of length one) and values of the last W tokens, oldest first."""
+    """Keys (of length one) and values of the last window, and of the w tokens of the open one."""
 
-    keys: Tensor  # B H W K
-    values: Tensor  # B H W K
+    keys: Tensor  # B H W+w K
+    values: Tensor  # B H W+w K
 
 
 class TransformerXLLayer(DecoderLayer):
     """A layer that attends to the W tokens before each token."""
 
     memory_type = WindowMemory
+    window_axis = {"keys": 2, "values": 2}  # noqa: RUF012
+    changed_by_closing = ("keys", "values")
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -48,38 +49,45 @@ class TransformerXLLayer(DecoderLayer):
 
     def memory_shapes(self, for_generation=False):
         config = self.config
-        slots = config.num_attention_heads, config.window_length, config.head_dim
-        return {"keys": slots, "values": slots}
+        slots = config.window_length * (2 if for_generation else 1)
+        return dict.fromkeys(
+            ("keys", "values"), (config.num_attention_heads, slots, config.head_dim)
+        )
 
     def forward(self, x, *memory, plan):
         # x: B T D
         packed = plan.pack_tokens(x)
         h = self.dropout(self.input_layernorm(packed))
         q, (k, v) = self.self_attn.queries(h), self.self_attn.keys_values(h)
-        memory, attended = WindowMemory(*memory), []
         parts = (plan.split(t, 2) for t in (q, k, v))
-        for chunk, *part in zip(plan.chunks, *parts, strict=True):
-            read, memory = self.read(chunk, memory, *part)
-            attended.append(read)
-        packed = packed + self.self_attn.o_proj(merge_heads(torch.cat(attended, dim=2)))
+        attended, memory = self.read_chunks(plan, WindowMemory(*memory), *parts)
+        packed = packed + self.self_attn.o_proj(merge_heads(plan.join(attended, 2)))
         packed = packed + self.dropout(self.mlp(self.post_attention_layernorm(packed)))
         return plan.unpack_tokens(packed), *memory
 
-    def read(self, chunk, memory, q, k, v):
-        """One window: q, k, v: B H T K -> what was attended to (B H T K), the next memory."""
-        length = memory.keys.shape[2]
-        keys = torch.cat((memory.keys.to(k.dtype), k), dim=2)
-        values = torch.cat((memory.values.to(v.dtype), v), dim=2)
-        bias = banded_bias(
-            lambda distance: self.self_attn.bias_by_distance(distance, furthest=length),
-            q.shape[2],
-            keys.shape[2],
-            q,
+    def position_bias(self, chunk):
+        """H T J or B H T J, for the chunk's queries towards [last window | window]."""
+        length = self.config.window_length
+        return chunk.bias(partial(self.self_attn.bias_by_distance, furthest=length), length, 0)
+
+    def read(self, chunk, bias, memory, q, k, v):
+        """One cell: q, k, v: B H T K -> what was attended to (B H T K), the next memory."""
+        length = self.config.window_length
+        keys, values = chunk.begin(
+            memory, lambda: tuple(t[:, :, :length] for t in memory), 2, length
         )
-        filled = chunk.tokens_read.clamp(max=length)
-        attended = self.self_attn(q, keys, values, bias, length, filled, in_order=True)
-        return attended, WindowMemory(
-            chunk.last(memory.keys, k, dim=2), chunk.last(memory.values, v, dim=2)
+        keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
+        filled = (chunk.windows_read > 0) * length
+        attended = self.self_attn(q, keys, values, bias, length, filled, chunk.in_order)
+        memory = WindowMemory(keys, values)
+        return attended, self.close(memory, chunk) if chunk.closes else memory
+
+    def close(self, memory, chunk):
+        """The window is full: it becomes the last one."""
+        chunk.remember(memory)
+        length = self.config.window_length
+        return WindowMemory(
+            *(chunk.where_closed(held.narrow(2, length, length), held) for held in memory)
         )
 
 
@@ -104,3 +112,6 @@ class TransformerXLForCausalLM(DecoderForCausalLM):
     config_class = TransformerXLConfig
     model_class = TransformerXLModel
     _no_split_modules = ["TransformerXLLayer"]  # noqa: RUF012
+
+
+make_known(TransformerXLModel, TransformerXLForCausalLM)

@@ -8,7 +8,9 @@ def real_columns(attention_mask, x, cache):
     if attention_mask is None:
         return None
     batch_size, columns = x.shape[:2]
-    past = 0 if cache is None else cache.get_seq_length()
+    if torch.compiler.is_compiling():  # nobody may look
+        return attention_mask[:, -columns:].bool()
+    past = 0 if cache is None else int(cache.get_seq_length())
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: it must be {batch_size} rows "

@@ -10,8 +10,11 @@ chunk that fills its window closes it, and there the summary tokens, if a model 
     packed      x x x u u | x x x x x x x x u u | x x x x x
 
 If all rows stand at the same place (training, one document, equal prompts), chunks are slices and
-nothing depends on the content of a tensor. If they do not, rows are moved to the left chunk by
-chunk; what a row lacks is filled with tokens that nobody reads.
+nothing depends on the content of a tensor: that is `Plan`. If they do not, each chunk takes only
+the rows that have something to read: first what is left of windows that are open, then whole
+windows, then what is left of the rows. A row that has ended costs nothing; that is `RaggedPlan`.
+Inside a compiled graph nobody may look at how much a row has, so there a `RaggedPlan` has as many
+chunks as could be needed.
 """
 
 from typing import NamedTuple
@@ -26,7 +29,7 @@ class Progress(NamedTuple):
     """How far each row has read its document."""
 
     tokens_read: Tensor  # B, int64
-    fill: int | None  # tokens of the open window if all rows hold as many, else None
+    fill: int | None  # tokens of the open window if all rows are known to hold as many, else None
 
     def restart(self, rows):
         """The rows of a mask (B,) begin a new document."""
@@ -35,27 +38,57 @@ class Progress(NamedTuple):
 
 
 class Chunk:
-    """Tokens of one call that belong to one window; all rows stand at the same slot of it.
+    """Tokens of one call that belong to one window, of rows that stand at the same slot of it.
 
     tokens: how many; fill: slots of the window that were read before; closes: whether the chunk
-    completes it; tokens_read (B,): tokens of the document before the chunk.
+    completes it; tokens_read (R,): tokens of the document before the chunk; rows: which of the
+    batch (R,), or None for all.
     """
 
     in_order = True  # queries are the last of the keys
 
-    def __init__(self, tokens, fill, closes, tokens_read, window_length):
-        self.tokens, self.fill, self.closes = tokens, fill, closes
+    def __init__(self, tokens, fill, tokens_read, window_length, rows=None):
+        self.tokens, self.fill, self.rows = tokens, fill, rows
+        self.closes = fill + tokens == window_length
         self.tokens_read, self.window_length = tokens_read, window_length
+        self.snapshots = None
 
     @property
     def pattern(self):
         """Chunks of one call with equal patterns have equal position biases."""
-        return self.tokens, self.fill, self.closes
+        return self.tokens, self.fill
 
     @property
     def windows_read(self):
-        """Windows that each row has closed before this chunk (B,)."""
+        """Windows that each row has closed before this chunk (R,)."""
         return self.tokens_read // self.window_length
+
+    @property
+    def end(self):
+        """Tokens that each row has read after this chunk (R,)."""
+        return self.tokens_read + self.tokens
+
+    @property
+    def closing(self):
+        """The rows whose window closes here, a mask (R,)."""
+        return torch.full_like(self.tokens_read, self.closes, dtype=torch.bool)
+
+    def run(self, cell, changed, bias, memory, *parts):
+        """One cell, `cell(chunk, bias, memory, *parts) -> (output, memory)`, for the chunk's rows.
+
+        changed: names of the memory's fields that differ when a window was closed.
+        """
+        if self.rows is None:
+            return cell(self, bias, memory, *parts)
+        chosen = type(memory)(*(tensor.index_select(0, self.rows) for tensor in memory))
+        output, new = cell(self, bias, chosen, *parts)
+        pairs = zip(memory, new, strict=True)
+        return output, type(memory)(*(put_rows(old, part, self.rows) for old, part in pairs))
+
+    def remember(self, memory):
+        """The memory as a window is full and not closed yet, if anybody will come back to it."""
+        if self.snapshots is not None:
+            self.snapshots.append(memory)
 
     def begin(self, held, fresh, dim, offset=0):
         """What the window holds, `fresh()` if the chunk begins it; `held`, `fresh()`: tuples.
@@ -70,18 +103,17 @@ class Chunk:
         """Write the chunk's tokens (and the summary tokens that follow them) behind `held`."""
         return torch.cat((held.to(new.dtype), new), dim) if held.shape[dim] else new
 
-    def hold(self, extended, dim, offset=0):
-        """The part of `extended` that the window keeps after this chunk."""
-        return extended.narrow(dim, 0, 0) if self.closes else extended
+    def trim(self, extended, dim, offset=0):
+        """`extended` without the summary tokens."""
+        return extended.narrow(dim, 0, offset + self.fill + self.tokens)
+
+    def emptied(self, held, dim):
+        """What a window holds after it was closed."""
+        return held.narrow(dim, 0, 0)
 
     def where_closed(self, new, old):
         """`new` in the rows whose window closes here, else `old`."""
         return new
-
-    def last(self, held, new, dim):
-        """Push the chunk's tokens into a queue as long as `held`, forgetting its oldest slots."""
-        queue = torch.cat((held.to(new.dtype), new), dim)
-        return queue.narrow(dim, queue.shape[dim] - held.shape[dim], held.shape[dim])
 
     def bias(self, by_distance, offset, num_summary_tokens):
         """Bias of all queries of the chunk towards [`offset` memory slots | window | summaries].
@@ -96,63 +128,75 @@ class Chunk:
 class RaggedChunk(Chunk):
     """A chunk whose rows stand at different slots; some may have fewer tokens than others, or none.
 
-    fill, count: slots read before and real tokens of each row, lists of B integers.
+    tokens: of the row that has most; fill, count: slots read before and tokens here, tensors (R,);
+    closes: whether the window of any row may close; opens: whether any row may begin a window;
+    slot: the slot at which every row stands that has tokens here, None if they differ.
     """
 
     in_order = False
 
-    def __init__(self, fill, count, tokens_read, window_length):
-        pairs = list(zip(fill, count, strict=True))
-        closing = [n > 0 and p + n == window_length for p, n in pairs]
-        super().__init__(max(1, *count), fill, any(closing), tokens_read, window_length)
-        device = tokens_read.device
-        active = {p for p, n in pairs if n > 0}
-        # Rows without tokens here may take any slot: then one bias often serves all rows.
-        shared = active.pop() if len(active) == 1 else None
-        first = fill if shared is None else [shared] * len(fill)
-        self.first = torch.tensor(first if shared is None else first[:1], device=device)
-        self.slots_read = torch.tensor(fill, device=device)
-        self.count = torch.tensor(count, device=device)
-        self.closing = torch.tensor(closing, device=device)
-        self.opening = torch.tensor([n > 0 and p == 0 for p, n in pairs], device=device)
-        self.any_opens = any(n > 0 and p == 0 for p, n in pairs)
+    def __init__(  # noqa: PLR0913
+        self,
+        tokens,
+        fill,
+        count,
+        tokens_read,
+        window_length,
+        rows=None,
+        closes=True,
+        opens=True,
+        slot=None,
+    ):
+        super().__init__(tokens, 0, tokens_read, window_length, rows)
+        self.slots_read, self.count, self.closes, self.opens = fill, count, closes, opens
+        self.first = fill if slot is None else fill.new_full((1,), slot)
+        self.is_closing = (count > 0) & (fill + count == window_length)
+        self.is_opening = (count > 0) & (fill == 0)
 
     @property
     def pattern(self):
         return id(self)
 
+    @property
+    def end(self):
+        return self.tokens_read + self.count
+
+    @property
+    def closing(self):
+        return self.is_closing
+
     def begin(self, held, fresh, dim, offset=0):
         width = offset + self.window_length
         held = tuple(widen(tensor, dim, width) for tensor in held)
-        if not self.any_opens:
+        if not self.opens:
             return held
         return tuple(
-            torch.where(_rows(self.opening, old), widen(new, dim, width).to(old.dtype), old)
+            torch.where(_rows(self.is_opening, old), widen(new, dim, width).to(old.dtype), old)
             for old, new in zip(held, fresh(), strict=True)
         )
 
     def extend(self, held, new, dim):
+        if self.tokens == 0:
+            return super().extend(held, new, dim)
         tokens = new.narrow(dim, 0, self.tokens)
         offset = held.shape[dim] - self.window_length
         slot = torch.arange(held.shape[dim], device=held.device) - offset
-        source = slot - self.slots_read[:, None]  # B, slots: which token of the chunk lies there
+        source = slot - self.slots_read[:, None]  # R, slots: which token of the chunk lies there
         written = (source >= 0) & (source < self.count[:, None])
         source = _along(source.clamp(0, self.tokens - 1), dim, held)
         window = tokens.gather(dim, source.expand(_resize(tokens, dim, held.shape[dim])))
         window = torch.where(_along(written, dim, held), window, held.to(new.dtype))
         return torch.cat((window, new.narrow(dim, self.tokens, new.shape[dim] - self.tokens)), dim)
 
-    def hold(self, extended, dim, offset=0):
+    def trim(self, extended, dim, offset=0):
         return extended.narrow(dim, 0, offset + self.window_length)
 
-    def where_closed(self, new, old):
-        return torch.where(_rows(self.closing, old), new.to(old.dtype), old)
+    def emptied(self, held, dim):
+        return held
 
-    def last(self, held, new, dim):
-        length = held.shape[dim]
-        queue = torch.cat((held.to(new.dtype), new), dim)
-        source = self.count[:, None] + torch.arange(length, device=held.device)
-        return queue.gather(dim, _along(source, dim, held).expand_as(held))
+    def where_closed(self, new, old):
+        new = widened(new, old.shape).to(old.dtype)
+        return torch.where(_rows(self.is_closing, old), new, old)
 
     def bias(self, by_distance, offset, num_summary_tokens):
         device, window = self.first.device, self.window_length
@@ -161,33 +205,73 @@ class RaggedChunk(Chunk):
         query = torch.cat((tokens, summaries.expand(len(tokens), -1)), dim=1) + offset
         key = torch.arange(offset + window + len(summaries), device=device)
         bias = by_distance(query[:, :, None] - key)
-        return bias.transpose(0, 1)  # H B T J -> B H T J
+        return bias.transpose(0, 1)  # H R T J -> R H T J
+
+
+class ClosingChunk(RaggedChunk):
+    """No tokens: the rows whose window is full close it. Run only if there are any, which a
+    compiled graph decides when it runs."""
+
+    def __init__(self, fill, tokens_read, window_length):
+        none = torch.zeros_like(fill)
+        super().__init__(0, fill, none, tokens_read, window_length, opens=False, slot=window_length)
+        self.is_closing = fill == window_length
+
+    @property
+    def windows_read(self):
+        return (self.tokens_read - 1) // self.window_length  # the full window is still open
+
+    def run(self, cell, changed, bias, memory, *parts):
+        operands = (bias, *(getattr(memory, name) for name in changed), *parts)
+        shapes, count = [operand.shape for operand in operands], len(changed)
+
+        def close(*flat):
+            bias, *rest = (part.view(shape) for part, shape in zip(flat, shapes, strict=True))
+            held = memory._replace(**dict(zip(changed, rest[:count], strict=True)))
+            output, new = cell(self, bias, held, *rest[count:])
+            return output.flatten(), *(getattr(new, name).flatten().clone() for name in changed)
+
+        def leave(*flat):
+            output, old = flat[count + 1], flat[1 : count + 1]
+            return torch.zeros_like(output), *(part.clone() for part in old)
+
+        # Flat, since torch may lay out anew what has several axes on its way into a branch.
+        flat = tuple(operand.flatten() for operand in operands)
+        output, *new = torch.cond(self.is_closing.any(), close, leave, flat)
+        new = (part.view(shape) for part, shape in zip(new, shapes[1:], strict=False))
+        memory = memory._replace(**dict(zip(changed, new, strict=True)))
+        return output.view(shapes[count + 1]), memory
 
 
 class Plan:
     """The chunks of one call in which all rows stand at the same slot."""
 
     def __init__(self, progress, num_columns, window_length):
-        self.num_columns, self.window_length = num_columns, window_length
-        self.chunks = list(self._cut(progress, num_columns))
+        self.num_columns = num_columns
+        self.chunks = list(self._cut(progress, num_columns, window_length))
         tokens_read = progress.tokens_read + num_columns
         self.progress = Progress(tokens_read, (progress.fill + num_columns) % window_length)
+        self.lanes = len(tokens_read)  # rows of what is packed
 
-    def _cut(self, progress, num_columns):
+    def _cut(self, progress, num_columns, window_length):
         fill, done = progress.fill, 0
         while done < num_columns:
-            tokens = min(self.window_length - fill, num_columns - done)
-            closes = fill + tokens == self.window_length
-            yield Chunk(tokens, fill, closes, progress.tokens_read + done, self.window_length)
+            tokens = min(window_length - fill, num_columns - done)
+            yield Chunk(tokens, fill, progress.tokens_read + done, window_length)
             fill, done = 0, done + tokens
 
     @property
     def num_closing(self):
-        """Windows that close in this call (in at least one row)."""
+        """Windows of a lane that may close in this call."""
         return sum(chunk.closes for chunk in self.chunks)
 
+    def record(self):
+        """Have the chunks remember what a call that goes back would need."""
+        for chunk in self.chunks:
+            chunk.snapshots = []
+
     def pack_tokens(self, x):
-        """B T D in the caller's columns -> B, tokens of all chunks, D."""
+        """B T D in the caller's columns -> lanes, tokens of all chunks, D."""
         return x
 
     def unpack_tokens(self, packed):
@@ -195,13 +279,16 @@ class Plan:
         return packed
 
     def pack(self, x, summaries):
-        """x: B T D; summaries: B C U D, C = `num_closing` -> each chunk's tokens and summaries."""
-        tokens = self.pack_tokens(x).split([chunk.tokens for chunk in self.chunks], dim=1)
-        following = iter(summaries.unbind(1))
-        pieces = []
-        for chunk, piece in zip(self.chunks, tokens, strict=True):
-            pieces += [piece, next(following)] if chunk.closes else [piece]
-        return torch.cat(pieces, dim=1)
+        """x: B T D; summaries: lanes C U D, C = `num_closing` -> tokens and summaries, packed."""
+        tokens = self.split(self.pack_tokens(x), 1)
+        following = iter(self.split_summaries(summaries))
+        return self.join(
+            [
+                torch.cat((piece, next(following)), dim=1) if chunk.closes else piece
+                for chunk, piece in zip(self.chunks, tokens, strict=True)
+            ],
+            1,
+        )
 
     def unpack(self, pieces, num_summary_tokens):
         """The way back, from one tensor per chunk."""
@@ -210,59 +297,194 @@ class Plan:
             x, u = piece.split((chunk.tokens, chunk.closes * num_summary_tokens), dim=1)
             tokens.append(x)
             summaries += [u] if chunk.closes else []
-        batch_size, _, channels = tokens[0].shape
-        none = tokens[0].new_empty(batch_size, 0, num_summary_tokens, channels)
+        none = tokens[0].new_empty(self.lanes, 0, num_summary_tokens, tokens[0].shape[-1])
         return (
-            self.unpack_tokens(torch.cat(tokens, dim=1)),
-            torch.stack(summaries, dim=1) if summaries else none,
+            self.unpack_tokens(self.join(tokens, 1)),
+            self.join_summaries(summaries) if summaries else none,
         )
 
     def split(self, packed, dim, num_summary_tokens=0):
-        """One piece per chunk of what was packed."""
+        """One piece per chunk of what was packed, the chunk's rows first."""
         sizes = [chunk.tokens + chunk.closes * num_summary_tokens for chunk in self.chunks]
         return packed.split(sizes, dim)
+
+    def join(self, pieces, dim):
+        """The way back."""
+        return torch.cat(pieces, dim)
+
+    def split_summaries(self, summaries):
+        """lanes C U D -> the summary tokens of each chunk that closes, R U D."""
+        return summaries.unbind(1)
+
+    def join_summaries(self, pieces):
+        """The way back."""
+        return torch.stack(pieces, dim=1)
 
 
 class RaggedPlan(Plan):
     """The chunks of one call whose rows stand at different slots or hold padding.
 
+    What is packed has one lane, in which the rows of a chunk follow one another.
     mask: B T, true at real tokens.
     """
 
-    def __init__(self, progress, mask, window_length):
-        self.num_columns, self.window_length = mask.shape[1], window_length
-        fill = (progress.tokens_read % window_length).tolist()
-        counts = mask.sum(1)
-        self.chunks, sources = [], []
-        taken, left = [0] * len(fill), counts.tolist()
-        while any(left) or not self.chunks:
-            count = [min(n, window_length - p) for p, n in zip(fill, left, strict=True)]
-            before = progress.tokens_read + torch.tensor(taken, device=mask.device)
-            self.chunks.append(RaggedChunk(fill, count, before, window_length))
-            sources.append(_columns(taken, count, mask.device))
-            taken = [a + n for a, n in zip(taken, count, strict=True)]
-            left = [a - n for a, n in zip(left, count, strict=True)]
-            fill = [(p + n) % window_length for p, n in zip(fill, count, strict=True)]
-        self._index(mask, torch.cat(sources, dim=1))
-        together = fill[0] if len(set(fill)) == 1 else None
-        self.progress = Progress(progress.tokens_read + counts, together)
+    lanes = 1
 
-    def _index(self, mask, source):
-        # source: B P, which of its real tokens each row has in each packed column, -1 for none
-        real = (~mask).long().argsort(dim=1, stable=True)  # columns, those of real tokens first
-        batch_size, columns = mask.shape
-        self.gather = real.gather(1, source.clamp(min=0))
-        packed = torch.arange(source.shape[1], device=mask.device).expand_as(source)
-        way_back = packed.new_full((batch_size, columns + 1), source.shape[1])
-        way_back.scatter_(1, self.gather.masked_fill(source < 0, columns), packed)
-        self.scatter = way_back[:, :columns]
+    def __init__(self, chunks, starts, progress, mask):
+        # starts: for each chunk, which of its row's real tokens is the first of it (R,)
+        self.num_columns, self.chunks, self.progress = mask.shape[1], chunks, progress
+        self.sizes = [len(chunk.tokens_read) for chunk in chunks]  # R
+        self.batch_size = len(mask)
+        self.gather, self.scatter = _ways(chunks, starts, mask)
+
+    @property
+    def num_closing(self):
+        return sum(
+            rows for rows, chunk in zip(self.sizes, self.chunks, strict=True) if chunk.closes
+        )
 
     def pack_tokens(self, x):
-        return x.gather(1, self.gather[..., None].expand(-1, -1, x.shape[-1]))
+        return x.flatten(0, 1).index_select(0, self.gather)[None]
 
     def unpack_tokens(self, packed):
-        packed = torch.nn.functional.pad(packed, (0, 0, 0, 1))  # a zero column for the padding
-        return packed.gather(1, self.scatter[..., None].expand(-1, -1, packed.shape[-1]))
+        packed = torch.nn.functional.pad(packed[0], (0, 0, 0, 1))  # a zero row for the padding
+        return packed.index_select(0, self.scatter).unflatten(0, (self.batch_size, -1))
+
+    def split(self, packed, dim, num_summary_tokens=0):
+        each = [chunk.tokens + chunk.closes * num_summary_tokens for chunk in self.chunks]
+        shapes = list(zip(self.sizes, each, strict=True))
+        pieces = packed.split([rows * tokens for rows, tokens in shapes], dim)
+        return [
+            piece.unflatten(dim, shape)[0].movedim(dim - 1, 0)
+            for piece, shape in zip(pieces, shapes, strict=True)
+        ]
+
+    def join(self, pieces, dim):
+        flat = (piece.movedim(0, dim - 1).flatten(dim - 1, dim) for piece in pieces)
+        return torch.cat(list(flat), dim - 1)[None]
+
+    def split_summaries(self, summaries):
+        closing = zip(self.sizes, self.chunks, strict=True)
+        return summaries[0].split([rows for rows, chunk in closing if chunk.closes])
+
+    def join_summaries(self, pieces):
+        return torch.cat(pieces)[None]
+
+
+def make_plan(progress, num_columns, mask, window_length):
+    """How a call of `num_columns` falls into windows. mask: B T, true at real tokens, or None."""
+    if mask is None and progress.fill is not None:
+        return Plan(progress, num_columns, window_length)
+    everything = mask is None
+    if everything:
+        shape = len(progress.tokens_read), num_columns
+        mask = torch.ones(shape, dtype=torch.bool, device=progress.tokens_read.device)
+    if torch.compiler.is_compiling():
+        return plan_unseen(progress, mask, window_length)
+    fill = (progress.tokens_read % window_length).tolist()
+    if everything and len(set(fill)) == 1:
+        return Plan(progress._replace(fill=fill[0]), num_columns, window_length)
+    return plan_rows(progress, fill, mask, window_length)
+
+
+def plan_rows(progress, fill, mask, window_length):
+    """A plan for rows of which `fill` (B integers) and the mask tell how much each has to read."""
+    counts, chunks, starts = mask.sum(1), [], []
+    have = counts.tolist()
+    for rows, first, slots, tokens in _cut_rows(fill, have, window_length):
+        index, start = torch.tensor([rows, first], device=mask.device)
+        before = progress.tokens_read[index] + start
+        some = index if len(rows) < len(fill) else None
+        alike = len(set(slots)) == 1 and len(set(tokens)) == 1 and tokens[0] > 0
+        if alike:
+            chunks.append(Chunk(tokens[0], slots[0], before, window_length, some))
+        else:
+            chunks.append(ragged_chunk(slots, tokens, before, window_length, some))
+        starts.append(start)
+    end = {(p + n) % window_length for p, n in zip(fill, have, strict=True)}
+    after = Progress(progress.tokens_read + counts, end.pop() if len(end) == 1 else None)
+    return RaggedPlan(chunks, starts, after, mask)
+
+
+def _cut_rows(fill, have, window_length):
+    # One tuple per chunk of lists with a number per row: which rows, the first of its tokens, the
+    # slot where it goes, and how many there are. First what does not begin a whole window, then
+    # window by window, then what is left.
+    pairs = list(zip(fill, have, strict=True))
+    heads = [min(n, window_length - p) if p or n < window_length else 0 for p, n in pairs]
+    windows = [(n - head) // window_length for n, head in zip(have, heads, strict=True)]
+    done = [head + k * window_length for head, k in zip(heads, windows, strict=True)]
+    first = [b for b, head in enumerate(heads) if head > 0]
+    if first or not any(have):
+        rows = first or list(range(len(have)))  # with nothing but padding: no tokens
+        yield rows, [0] * len(rows), [fill[b] for b in rows], [heads[b] for b in rows]
+    for i in range(max(windows)):
+        rows = [b for b, k in enumerate(windows) if k > i]
+        begun = [heads[b] + i * window_length for b in rows]
+        yield rows, begun, [0] * len(rows), [window_length] * len(rows)
+    rows = [b for b, n in enumerate(have) if n > done[b]]
+    if rows:
+        yield rows, [done[b] for b in rows], [0] * len(rows), [have[b] - done[b] for b in rows]
+
+
+def ragged_chunk(slots, tokens, tokens_read, window_length, rows):
+    """A chunk whose rows, of which all is known, stand at `slots` and have `tokens` (lists)."""
+    active = {(p, n) for p, n in zip(slots, tokens, strict=True) if n > 0}
+    at = {p for p, _ in active}
+    fill, count = torch.tensor([slots, tokens], device=tokens_read.device)
+    return RaggedChunk(
+        max(1, *tokens),
+        fill,
+        count,
+        tokens_read,
+        window_length,
+        rows,
+        closes=any(p + n == window_length for p, n in active),
+        opens=0 in at,
+        slot=at.pop() if len(at) == 1 else None,
+    )
+
+
+def plan_unseen(progress, mask, window_length):
+    """A plan inside a compiled graph: as many chunks as rows at any slot could need."""
+    num_columns = mask.shape[1]
+    furthest = window_length - 1 if progress.fill is None else progress.fill
+    fill, left = progress.tokens_read % window_length, mask.sum(1)
+    taken, chunks, starts = torch.zeros_like(left), [], []
+    for i in range((furthest + num_columns + window_length - 1) // window_length):
+        count = torch.minimum(left, window_length - fill)
+        before = progress.tokens_read + taken
+        tokens = min(window_length, num_columns)
+        closes = furthest + num_columns >= (i + 1) * window_length and num_columns > 1
+        chunks.append(RaggedChunk(tokens, fill, count, before, window_length, closes=closes))
+        starts.append(taken)
+        taken, left, fill = taken + count, left - count, (fill + count)
+        if num_columns == 1:
+            chunks.append(ClosingChunk(fill, before + count, window_length))
+            starts.append(taken)
+        fill = fill % window_length
+    return RaggedPlan(chunks, starts, Progress(progress.tokens_read + taken, None), mask)
+
+
+def _ways(chunks, starts, mask):
+    # Where each packed token comes from (N,), and where each column of the call lies (B*T,): both
+    # flat. Slots that a row does not fill come from anywhere; padding lies behind everything.
+    batch_size, columns = mask.shape
+    real = (~mask).long().argsort(dim=1, stable=True)  # columns, those of real tokens first
+    everyone = torch.arange(batch_size, device=mask.device)
+    sources, targets = [], []
+    for chunk, start in zip(chunks, starts, strict=True):
+        rows = (everyone if chunk.rows is None else chunk.rows)[:, None]
+        token = torch.arange(chunk.tokens, device=mask.device)
+        index = (start[:, None] + token).clamp(max=columns - 1)
+        source = rows * columns + real[rows, index]
+        is_read = token < (chunk.end - chunk.tokens_read)[:, None]
+        sources.append(source.flatten())
+        targets.append(source.masked_fill(~is_read, batch_size * columns).flatten())
+    gather, target = torch.cat(sources), torch.cat(targets)
+    packed = torch.arange(len(gather), device=mask.device)
+    scatter = packed.new_full((batch_size * columns + 1,), len(gather))
+    return gather, scatter.scatter(0, target, packed)[:-1]
 
 
 def banded_bias(by_distance, num_queries, num_keys, like):
@@ -274,21 +496,27 @@ def banded_bias(by_distance, num_queries, num_keys, like):
     return spread_by_distance(by_distance(distance), num_queries, num_keys)
 
 
-def widen(tensor, dim, width):
-    """Append zeros along `dim` up to `width`."""
-    missing = width - tensor.shape[dim]
-    if missing == 0:
+def widened(tensor, shape):
+    """Zeros behind `tensor` along each axis, up to `shape`."""
+    missing = [full - size for full, size in zip(shape, tensor.shape, strict=True)]
+    if not any(missing):
         return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat((tensor, tensor.new_zeros(shape)), dim)
+    pad = [slots for after in reversed(missing) for slots in (0, after)]
+    return torch.nn.functional.pad(tensor, pad)
 
 
-def _columns(taken, count, device):
-    # B, max(count): taken, taken + 1, ... for as many as the row has, then -1
-    widest = range(max(1, *count))
-    rows = [[t + i if i < n else -1 for i in widest] for t, n in zip(taken, count, strict=True)]
-    return torch.tensor(rows, device=device, dtype=torch.long)
+def widen(tensor, dim, width):
+    """Zeros behind `tensor` along `dim`, up to `width`."""
+    return widened(tensor, _resize(tensor, dim, width))
+
+
+def put_rows(old, new, rows):
+    """`old` with `rows` (R,) replaced by those of `new`, which may have fewer or more slots."""
+    if new.numel() == 0:
+        return old
+    slots = [max(sizes) for sizes in zip(old.shape[1:], new.shape[1:], strict=True)]
+    old, new = widened(old, (len(old), *slots)), widened(new, (len(new), *slots))
+    return old.to(new.dtype).index_copy(0, rows, new)
 
 
 def _rows(mask, like):  # B -> B 1 1 ...

@@ -1,0 +1,146 @@
+"""Tokens that were read can be taken back exactly, and assisted decoding rests on it."""
+
+import pytest
+import torch
+
+from melodi_hf import MelodiCache
+
+from .models import (
+    BOTH,
+    DOCUMENT,
+    SYSTEMS,
+    VARIED,
+    WINDOW,
+    assert_equal,
+    assert_near,
+    build,
+    draw,
+)
+
+SEEN = 2 * WINDOW + 3  # tokens before the recording: two windows and a bit
+
+
+def read(model, ids, cache=None, **how):
+    """A cache after reading `ids`."""
+    cache = MelodiCache(model.config) if cache is None else cache
+    with torch.no_grad():
+        model(ids, past_key_values=cache, **how)
+    return cache
+
+
+def next_logits(model, ids, cache):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+IN_PIECES = [5, 1, 9, DOCUMENT - 15]
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [(name, IN_PIECES) for name in SYSTEMS]
+    + [(name, cuts) for name in BOTH for cuts in ([DOCUMENT], [1] * DOCUMENT)],
+)
+def test_any_number_of_tokens_can_be_taken_back(name, cuts):
+    """Over three boundaries of windows, of one call or of many."""
+    model, ids = build(name), draw(2, SEEN + DOCUMENT)
+    other = draw(2, WINDOW + 3)  # what comes instead
+    base = read(model, ids[:, :SEEN])
+    base.activate_past_recording()
+    whole = base.clone()
+    for piece in ids[:, SEEN:].split(cuts, dim=1):
+        read(model, piece, whole)
+    for removed in range(DOCUMENT + 1):
+        cache, kept = whole.clone(), DOCUMENT - removed
+        cache.crop(-removed)
+        assert cache.get_seq_length() == SEEN + kept
+        anew = base.clone()
+        if kept:
+            read(model, ids[:, SEEN : SEEN + kept], anew)
+        assert_near(next_logits(model, other, cache), next_logits(model, other, anew))
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_tokens_can_be_taken_back_again_and_again(name):
+    """As assisted decoding does: read ahead, take some back, read others."""
+    model, truth = build(name), draw(1, 4 * DOCUMENT)
+    cache, kept = read(model, truth[:, :3]), 3
+    cache.activate_past_recording()
+    for ahead, removed in [(5, 5), (7, 2), (1, 1), (WINDOW, 0), (13, 4), (6, 6), (20, 11), (9, 8)]:
+        guess = truth[:, kept : kept + ahead].clone()
+        guess[:, ahead - removed :] = draw(1, removed)
+        read(model, guess, cache)
+        cache.crop(-removed)
+        kept += ahead - removed
+    anew = read(model, truth[:, :kept])
+    following = truth[:, kept : kept + DOCUMENT]
+    assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
+
+
+@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("removed", [1, 4, WINDOW, DOCUMENT - 2])
+def test_rows_of_different_lengths_go_back_each_by_its_own_tokens(name, removed):
+    model, following = build(name), draw(3, WINDOW + 2)
+    before, ids = draw(3, 5), draw(3, DOCUMENT)
+    mask = torch.rand(3, DOCUMENT) < 0.6  # padding anywhere, also among what is taken back
+    cache = read(model, before)
+    cache.activate_past_recording()
+    for first in range(0, DOCUMENT, 6):
+        part = slice(first, first + 6)
+        read(model, ids[:, part], cache, attention_mask=mask[:, part].long())
+    cache.crop(-removed)
+    kept = DOCUMENT - removed
+    anew = read(model, ids[:, :kept], read(model, before), attention_mask=mask[:, :kept].long())
+    assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_within_the_open_window_nothing_need_be_recorded(name):
+    model, ids = build(name), draw(2, SEEN)
+    cache = read(model, ids)
+    cache.crop(-2)
+    anew, following = read(model, ids[:, :-2]), draw(2, DOCUMENT)
+    assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_what_cannot_be_taken_back_is_refused_and_nothing_is_lost(name):
+    model, ids = build(name), draw(2, SEEN)
+    cache = read(model, ids)
+    with pytest.raises(ValueError, match=r"activate_past_recording\(\)"):
+        cache.crop(-4)
+    for wrong in (1, -SEEN - 1):
+        with pytest.raises(ValueError, match=rf"crop\({wrong}\): .* at most the last {SEEN}"):
+            cache.crop(wrong)
+    following = draw(2, DOCUMENT)
+    anew = read(model, ids)
+    assert_equal(next_logits(model, following, cache), next_logits(model, following, anew))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_recording_does_not_grow_with_the_document(name):
+    model = build(name)
+    cache = MelodiCache(model.config)
+    cache.activate_past_recording()
+    counts = []
+    for _ in range(6):
+        read(model, draw(1, 500), cache)
+        counts.append(len(cache.layers[0].journal))
+    assert max(counts) == counts[-1] == counts[3] <= 1024 // WINDOW + 1
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("helper", ["itself", "another", "prompt_lookup"])
+def test_assisted_decoding_equals_greedy(name, helper):
+    model, ids = build(name), draw(1, WINDOW + 3)
+    ids = torch.cat((ids, ids), dim=1)  # something to look up
+    assistant = {
+        "itself": {"assistant_model": model},
+        "another": {"assistant_model": build(name, seed=1)},
+        "prompt_lookup": {"prompt_lookup_num_tokens": 5},
+    }[helper]
+    how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 3 * WINDOW}
+    wanted = model.generate(ids, **how)
+    assert_equal(model.generate(ids, **how, **assistant), wanted)
+    cache = MelodiCache(model.config)
+    assert_equal(model.generate(ids, past_key_values=cache, **how, **assistant), wanted)
