@@ -154,7 +154,7 @@ class Attention(nn.Module):
         self.temperature = nn.Parameter(torch.empty(config.num_attention_heads))
         self.position = RelativePosition(config)
         self.dropout = config.attention_dropout
-        self.eager = config._attn_implementation == "eager"
+        self.config = config  # whose implementation of attention may be changed later
         self.with_empty = hide_empty if config.mask_empty_memory else keep_empty
         blind = config.mask_empty_memory or not always_sees
         self.where_seeing = zero_if_blind if blind else as_attended
@@ -176,10 +176,14 @@ class Attention(nn.Module):
         hidden = distance <= 0 if furthest is None else (distance <= 0) | (distance > furthest)
         return (self.position(distance) * temperature).masked_fill(hidden, HIDDEN)
 
-    def forward(self, q, k, v, bias, num_slots, filled, in_order=False):
+    def forward(self, q, k, v, bias, num_slots, filled, in_order=False, kept=None):
         """Attend to `num_slots` of memory, of which each row has `filled` (B,), and to the keys
-        that follow them. Otherwise as `attend`."""
+        that follow them. kept: a list that is given the weights, too, or None. Otherwise as
+        `attend`."""
         bias = self.with_empty(bias, num_slots, filled)
         dropout = self.dropout if self.training else 0.0
-        attended = attend(q, k, v, bias, in_order=in_order, dropout=dropout, eager=self.eager)
+        eager = self.config._attn_implementation == "eager"
+        attended = attend(q, k, v, bias, in_order=in_order, dropout=dropout, eager=eager)
+        if kept is not None:
+            kept.append(self.where_seeing((q @ k.transpose(-1, -2) + bias).softmax(-1), bias))
         return self.where_seeing(attended, bias)

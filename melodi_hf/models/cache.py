@@ -22,6 +22,7 @@ from transformers.cache_utils import (
     DynamicCache,
 )
 
+from .memory_file import load_memory_file, memory_fields, refuse_memory_of, save_memory_file
 from .refusals import refuse_foreign_layer
 from .windows import Progress, put_rows, widened
 
@@ -50,7 +51,6 @@ class WindowMemoryLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)
         self.memory: Any = None  # until the model fills it, as what follows
         self.progress: Any = None
         self.recent: Any = None  # B RECENT, the ids of the last columns
@@ -58,6 +58,14 @@ class WindowMemoryLayer(CacheLayerMixin):
         self.croppable = 0  # of them, those that `crop` may take back
         self.record_past = False
         self.journal: list[FullWindow] = []  # oldest first
+        super().__init__(**kwargs)
+
+    # What transformers' own tools look at: keys and values of the open window, and before it.
+    keys: Any = property(lambda self: self._field("keys"), lambda self, value: None)
+    values: Any = property(lambda self: self._field("values"), lambda self, value: None)
+
+    def _field(self, name):
+        return getattr(self.memory, name, None)
 
     def lazy_initialization(self, key_states, value_states):
         raise ValueError("the sizes of a memory are known to its model: let the model fill it")
@@ -241,6 +249,43 @@ class MelodiCache(DynamicCache):
 
     def __init__(self, config):
         super().__init__(config=config)
+        self.config_fields = memory_fields(config)  # of the model that the memory belongs to
+
+    def save(self, path, dtype=None, model=None):
+        """Write everything but what `crop` recorded into one safetensors file, whole or not at all.
+
+        path: missing folders are made; an existing file is replaced once the new one is complete.
+        dtype: of the numbers in the file; torch.bfloat16 halves a file of float32. Loading gives
+            them back the type that they have now, but not the bits.
+        model: the one that read the document; `load` then tells its weights from others.
+
+        Raises `ValueError` for a cache that has read nothing, `OSError` if nothing can be written.
+        """
+        extras = None if self.layers[0].recent is None else {"recent": self.layers[0].recent}
+        save_memory_file(self, path, dtype=dtype, model=model, extras=extras)
+
+    @classmethod
+    def load(cls, path, device=None, dtype=None, model=None) -> "MelodiCache":
+        """A cache from a file that `save` wrote; a model that reads with it must fit.
+
+        device: where the tensors go, the CPU unless told otherwise.
+        dtype: of the numbers; None gives each the type that it had when it was saved.
+        model: the one that is to go on: device and dtype default to its own, and it is refused here
+            if it does not fit; only so are weights checked, and only if `save` was given a model.
+
+        Raises `FileNotFoundError`, and `ValueError` for a file that is damaged, of another kind or
+        version, or of another model.
+        """
+        saved = load_memory_file(path, device=device, dtype=dtype, model=model)
+        cache = cls.__new__(cls)
+        Cache.__init__(cache, layers=[WindowMemoryLayer() for _ in saved.layers])
+        cache.config_fields = saved.config
+        for layer, memory in zip(cache.layers, saved.layers, strict=True):
+            layer.memory, layer.window_length = memory, saved.config["window_length"]
+            layer.progress = Progress(saved.tokens_read, saved.fill)
+            layer.recent, layer.columns = saved.extras["recent"], saved.columns
+            layer.is_initialized = True
+        return cache
 
     def memory_bytes(self) -> int:
         """Bytes of the memories."""
@@ -248,11 +293,7 @@ class MelodiCache(DynamicCache):
 
     def clone(self) -> "MelodiCache":
         """Another one with the same content; what one of them reads the other does not know."""
-        twin = copy.copy(self)
-        twin.layers = [copy.copy(layer) for layer in self.layers]
-        for layer in twin.layers:
-            layer._for_all_tensors(lambda tensor: tensor.detach().clone())
-        return twin
+        return clone_cache(self)
 
     def detach_(self):
         """Cut the graph behind everything that is held."""
@@ -270,6 +311,15 @@ class MelodiCache(DynamicCache):
         for layer in self.layers:
             layer._for_all_tensors(move)
         return self
+
+
+def clone_cache(cache):
+    """A copy of a cache of this library that shares no tensor with it."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in twin.layers:
+        layer._for_all_tensors(lambda tensor: tensor.detach().clone())
+    return twin
 
 
 def memory_bytes(cache) -> int:
@@ -296,6 +346,8 @@ def fetch_memory(cache, layers, x):
             f"past_key_values holds {len(cache.layers)} layers ({', '.join(sorted(kinds))}) and "
             f"this model has {len(layers)}: give MelodiCache(model.config), or nothing"
         )
+    if isinstance(cache, MelodiCache):
+        refuse_memory_of(cache.config_fields, layers[0].config)
     held_layers = cast(list[WindowMemoryLayer], cache.layers)
     if held_layers[0].memory is None:
         device = "cpu" if cache.offloading else x.device

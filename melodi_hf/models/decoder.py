@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
@@ -33,6 +33,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention
+from .attention_map import AttentionMap, Columns
 from .cache import fetch_memory, store_memory
 from .configuration_decoder import DecoderConfig
 from .loss import causal_lm_loss
@@ -93,6 +94,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     changed_by_closing: ClassVar[tuple[str, ...]] = ()  # the fields that a new window finds changed
 
     memory_type: ClassVar[type]  # the NamedTuple
+    attention_map: AttentionMap
 
     def memory_shapes(self, for_generation=False) -> dict[str, tuple[int, ...]]:
         """The shape of each field before the first token, without rows.
@@ -206,15 +208,18 @@ class DecoderModel(DecoderPreTrainedModel):
         """What flows from layer to layer: the tokens, and whatever a system lets ride with them."""
         return (x,)
 
-    def read(self, x, memories, plan, offload=False):
+    def read(self, x, memories, plan, columns=None, offload=False):
         """x: B T D -> B T D and the memories after this call.
 
-        offload: the memories wait on the CPU, and come to the device of x one at a time.
+        columns: where to lay out what tokens attend to, if that is asked for; offload: the
+        memories wait on the CPU, and come to the device of x one at a time.
         """
         streams, after = self.streams(x, plan), []
         for layer, memory in zip(self.layers, memories, strict=True):
             held = (tensor.to(x.device) for tensor in memory) if offload else memory
             outputs = layer(*streams, *held, plan=plan)
+            if columns is not None:
+                cast(DecoderLayer, layer).attention_map(columns, plan.chunks)
             streams, new = outputs[: len(streams)], outputs[len(streams) :]
             after.append(type(memory)(*(t.to("cpu") for t in new) if offload else new))
         return streams[0], tuple(after)
@@ -244,9 +249,13 @@ class DecoderModel(DecoderPreTrainedModel):
         cache = past_key_values
         if cache is not None and cache.layers[0].record_past:
             plan.record()
-        x, layers = self.read(
-            x, before.layers, plan, offload=cache is not None and cache.offloading
-        )
+        columns = None
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            window_length = self.config.window_length
+            columns = Columns(before.progress, x.shape[1], mask, cache, window_length)
+            plan.keep_weights()
+        offload = cache is not None and cache.offloading
+        x, layers = self.read(x, before.layers, plan, columns, offload)
         after = Memory(layers, plan.progress)
         if cache is not None:
             store_memory(cache, after, plan, input_ids, mask)
@@ -290,7 +299,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return restart(before, reset_memory, self.empty_memory(len(x), x.device, x.dtype))
 
 
-class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+class DecoderForCausalLM(DecoderPreTrainedModel):
     """A language model; its head is the embedding table, scaled by 1/sqrt(D)."""
 
     model_class: type[DecoderModel]
@@ -303,13 +312,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
-
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **_):
-        """Generation needs no mask but that of the padding in the columns of this call."""
-        if attention_mask is None or inputs_embeds.shape[1] == 1:
-            return None
-        return attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
 
     @can_return_tuple
     def forward(  # noqa: PLR0913 (generate() and Trainer prescribe the names)

@@ -30,10 +30,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import Attention, merge_heads
+from .attention_map import AttentionMap
 from .configuration_melodi import MelodiConfig
 from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward, make_known
+from .generation import MemoryGenerationMixin
 from .norm import RMSNorm
 
 
@@ -131,6 +134,7 @@ class MelodiLayer(DecoderLayer):
         self.dropout = nn.Dropout(config.dropout)
         self.summary_mixer = summary_mixer(config, is_long=layer_idx in config.long_memory_layers)
         self.short_mixer = short_mixer(config)
+        self.attention_map = AttentionMap(config.num_short_memory_tokens, 0)
 
     def memory_shapes(self, for_generation=False):
         config, queue = self.config, self.long_length
@@ -178,7 +182,9 @@ class MelodiLayer(DecoderLayer):
         )
         keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
         filled = (chunk.windows_read > 0) * num_short
-        attended = self.self_attn(q, keys, values, bias, num_short, filled, chunk.in_order)
+        attended = self.self_attn(
+            q, keys, values, bias, num_short, filled, chunk.in_order, chunk.weights
+        )
         attended = self.consult_queue(q, attended, memory, chunk)
         h = h + self.self_attn.o_proj(merge_heads(attended))
         h = h + self.dropout(self.mlp(self.post_attention_layernorm(h)))
@@ -287,7 +293,10 @@ class MelodiModel(DecoderModel):
 
     config_class = MelodiConfig
     _no_split_modules = ["MelodiLayer", "LongTermMelodiLayer"]  # noqa: RUF012
-    _can_record_outputs = {"hidden_states": MelodiLayer}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": MelodiLayer,
+        "attentions": OutputRecorder(AttentionMap, index=0),
+    }
 
     def __init__(self, config):
         super().__init__(config)
@@ -310,7 +319,7 @@ class MelodiModel(DecoderModel):
         init_melodi(module)
 
 
-class MelodiForCausalLM(DecoderForCausalLM):
+class MelodiForCausalLM(DecoderForCausalLM, MemoryGenerationMixin):
     """MELODI as a language model."""
 
     config_class = MelodiConfig

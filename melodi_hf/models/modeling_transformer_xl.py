@@ -17,10 +17,13 @@ from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import Attention, merge_heads
+from .attention_map import AttentionMap
 from .configuration_transformer_xl import TransformerXLConfig
 from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward, make_known
+from .generation import MemoryGenerationMixin
 from .norm import RMSNorm
 
 
@@ -46,6 +49,7 @@ class TransformerXLLayer(DecoderLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.attention_map = AttentionMap(config.window_length, config.window_length)
 
     def memory_shapes(self, for_generation=False):
         config = self.config
@@ -78,7 +82,9 @@ class TransformerXLLayer(DecoderLayer):
         )
         keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
         filled = (chunk.windows_read > 0) * length
-        attended = self.self_attn(q, keys, values, bias, length, filled, chunk.in_order)
+        attended = self.self_attn(
+            q, keys, values, bias, length, filled, chunk.in_order, chunk.weights
+        )
         memory = WindowMemory(keys, values)
         return attended, self.close(memory, chunk) if chunk.closes else memory
 
@@ -96,7 +102,10 @@ class TransformerXLModel(DecoderModel):
 
     config_class = TransformerXLConfig
     _no_split_modules = ["TransformerXLLayer"]  # noqa: RUF012
-    _can_record_outputs = {"hidden_states": TransformerXLLayer}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": TransformerXLLayer,
+        "attentions": OutputRecorder(AttentionMap, index=0),
+    }
 
     def __init__(self, config):
         super().__init__(config)
@@ -106,7 +115,7 @@ class TransformerXLModel(DecoderModel):
         return TransformerXLLayer(config, layer_idx)
 
 
-class TransformerXLForCausalLM(DecoderForCausalLM):
+class TransformerXLForCausalLM(DecoderForCausalLM, MemoryGenerationMixin):
     """Transformer-XL as a language model."""
 
     config_class = TransformerXLConfig

@@ -51,7 +51,8 @@ class Chunk:
         self.tokens, self.fill, self.rows = tokens, fill, rows
         self.closes = fill + tokens == window_length
         self.tokens_read, self.window_length = tokens_read, window_length
-        self.snapshots = None
+        self.snapshots: list | None = None  # of the memory, and
+        self.weights: list | None = None  # of attention: layer by layer, if somebody asks
 
     @property
     def pattern(self):
@@ -269,6 +270,11 @@ class Plan:
         """Have the chunks remember what a call that goes back would need."""
         for chunk in self.chunks:
             chunk.snapshots = []
+
+    def keep_weights(self):
+        """Have the chunks keep the weights of attention."""
+        for chunk in self.chunks:
+            chunk.weights = []
 
     def pack_tokens(self, x):
         """B T D in the caller's columns -> lanes, tokens of all chunks, D."""

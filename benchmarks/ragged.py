@@ -1,0 +1,148 @@
+"""What a batch of documents of different lengths costs, against equal rows with as many tokens.
+
+    python benchmarks/ragged.py [--rounds 7] [--output benchmarks/results/ragged.json] [--tiny]
+
+Eight rows. Seconds are CPU seconds of the process; each round measures equal and ragged rows one
+after the other, and the median of the rounds' ratios is reported. "prefill" reads into a cache and
+gives the last logits, "forward" gives all logits, "training" is forward and backward of the loss,
+"decoding" is one token per row after the prefill.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from melodi_hf import (
+    MelodiCache,
+    MelodiConfig,
+    MelodiForCausalLM,
+    TransformerXLConfig,
+    TransformerXLForCausalLM,
+)
+
+ROWS = 8
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1024,
+    "window_length": 128,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+MELODI = {
+    "num_summary_tokens": 32,
+    "num_short_memory_tokens": 32,
+    "long_memory_layers": (2,),
+    "num_long_memory_tokens": 16,
+    "long_memory_windows": 32,
+}
+# Lengths in windows; all have the same mean, 5.
+LENGTHS = {
+    "evenly spread": [1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5],
+    "one is long": [2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 23.2],
+    "one is short": [5.6, 5.6, 5.6, 5.6, 5.6, 5.6, 5.6, 0.8],
+}
+
+
+def batch(lengths, vocab_size, side):
+    """Rows of the given lengths in tokens, padded on the left or the right -> ids, mask."""
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        columns = slice(0, length) if side == "right" else slice(max(lengths) - length, None)
+        ids[row, columns] = torch.randint(1, vocab_size, (length,))
+        mask[row, columns] = 1
+    return ids, mask
+
+
+def works(model, ids, mask):
+    """What is measured: name -> a function that does it once."""
+    given = None if mask.all() else mask
+    labels = ids.masked_fill(mask == 0, -100)
+    cache = MelodiCache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=given, past_key_values=cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def prefill():
+        fresh = MelodiCache(model.config)
+        model(ids, attention_mask=given, past_key_values=fresh, logits_to_keep=1)
+
+    @torch.no_grad()
+    def forward():
+        model(ids, attention_mask=given, use_cache=False)
+
+    def training():
+        model.zero_grad(set_to_none=True)
+        model(ids, attention_mask=given, labels=labels, use_cache=False).loss.backward()
+
+    @torch.no_grad()
+    def decoding():
+        for _ in range(8):
+            model(ids[:, -1:], past_key_values=cache)
+
+    return {"prefill": prefill, "forward": forward, "training": training, "decoding": decoding}
+
+
+def seconds(work):
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def compare(model, lengths, side, rounds):
+    """Ratio of ragged to equal rows, the median of `rounds`, for each kind of work."""
+    tokens, vocab_size = sum(lengths), model.config.vocab_size
+    equal = works(model, *batch([tokens // ROWS] * ROWS, vocab_size, side))
+    ragged = works(model, *batch(lengths, vocab_size, side))
+    ratios = {}
+    for name, work in ragged.items():
+        seconds(work), seconds(equal[name])  # buffers are allocated
+        pairs = [(seconds(work), seconds(equal[name])) for _ in range(rounds)]
+        ratios[name] = round(statistics.median(a / b for a, b in pairs), 3)
+    return ratios
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/ragged.json"))
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    sizes = SIZES | ({"window_length": 16, "num_hidden_layers": 3} if args.tiny else {})
+    models = {
+        "MELODI": MelodiForCausalLM(MelodiConfig(**sizes, **MELODI)),
+        "Transformer-XL": TransformerXLForCausalLM(TransformerXLConfig(**sizes)),
+    }
+    rows = []
+    cases = [(m, d, s) for m in models for d in LENGTHS for s in ("left", "right")]
+    for name, described, side in tqdm(cases, desc="cases", unit="case"):
+        model = models[name].eval()
+        lengths = [round(n * model.config.window_length) for n in LENGTHS[described]]
+        ratios = compare(model, lengths, side, args.rounds)
+        rows.append({"model": name, "lengths": described, "padding": side} | ratios)
+    result = {"rows": rows, "sizes": sizes | MELODI, "lengths in windows": LENGTHS}
+    result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A read of 1 000 000 tokens needs the memory of a read of 10 000: the peaks of both, measured.
+
+    python benchmarks/read_million.py [--tokens 10000 1000000] [--output FILE] [--tiny]
+
+Each read runs in a process of its own, whose peak is the most memory that it ever had resident,
+Python, torch and the model included. The document is drawn part by part while it is read, as one is
+that comes from a file. The C library is told to give memory back at once: what it holds back else
+comes and goes by some megabytes from run to run, which would hide what is measured.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+PART = 3000  # tokens that the source gives at once; no multiple of a window
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 256,
+    "window_length": 256,
+    "num_summary_tokens": 16,
+    "num_short_memory_tokens": 16,
+    "long_memory_layers": [2],
+    "num_long_memory_tokens": 8,
+    "long_memory_windows": 128,
+}
+TINY = SMALL | {"hidden_size": 8, "num_hidden_layers": 1, "head_dim": 4, "long_memory_layers": [0]}
+
+
+def drawn(vocab_size, tokens):
+    """A document of random ids, part by part."""
+    import torch
+
+    for begin in range(0, tokens, PART):
+        yield torch.randint(0, vocab_size, (min(PART, tokens - begin),))
+
+
+def peak_bytes():
+    """The most memory that this process had resident."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the process that started this one, too
+        lines = status.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    kilobytes = platform.system() != "Darwin"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if kilobytes else 1)
+
+
+def read(sizes, tokens):
+    """Read once in this process; a row of the report."""
+    import torch
+
+    from melodi_hf import MelodiConfig, MelodiForCausalLM
+
+    torch.manual_seed(0)
+    model = MelodiForCausalLM(MelodiConfig(**sizes)).eval()
+    began = time.process_time()  # other programs may run beside this one
+    cache = model.read_document(drawn(model.config.vocab_size, tokens))
+    seconds = time.process_time() - began
+    assert cache.get_seq_length() == tokens
+    return {
+        "tokens": tokens,
+        "peak MB": round(peak_bytes() / 1e6, 1),
+        "memory held, bytes": cache.memory_bytes(),
+        "CPU seconds": round(seconds, 1),
+        "tokens per CPU second": round(tokens / seconds),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def in_a_process_of_its_own(sizes, tokens):
+    command = [sys.executable, __file__, "--child", json.dumps([sizes, tokens])]
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    child = subprocess.run(command, env=os.environ | at_once, stdout=subprocess.PIPE, check=True)
+    return json.loads(child.stdout)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/read_million.json"))
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(read(*json.loads(args.child))))
+        return
+    sizes = TINY if args.tiny else SMALL
+    rows = [in_a_process_of_its_own(sizes, tokens) for tokens in args.tokens]
+    machine = {name: rows[0][name] for name in ("torch", "threads")}
+    for row in rows:
+        for name in machine:
+            del row[name]
+    result = {
+        "rows": rows,
+        "peak of the last over that of the first": round(
+            rows[-1]["peak MB"] / rows[0]["peak MB"], 3
+        ),
+        "config": sizes,
+        "part of the source, tokens": PART,
+        **machine,
+        "machine": platform.machine(),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Going on from a memory: with new ids alone, with all ids, and after rows that ended early."""
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from melodi_hf import MelodiCache
+
+from .models import BOTH, DOCUMENT, VARIED, WINDOW, assert_equal, assert_near, build, draw
+
+NEW = WINDOW + 2  # tokens
+
+
+def generate(model, ids, **how):
+    how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW} | how
+    return model.generate(ids, **how)
+
+
+def read(model, ids, **how):
+    """A cache after reading `ids`."""
+    cache = MelodiCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, **how)
+    return cache
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_new_ids_alone_go_on_from_a_memory_that_stays_as_it_was(name):
+    model, document = build(name), draw(2, DOCUMENT)
+    memory = read(model, document)
+    for question in (draw(2, 1), draw(2, 4), draw(2, DOCUMENT + 6)):  # shorter and longer
+        ids = torch.cat((document, question), dim=1)
+        found = model.continue_from(memory, question, do_sample=False, max_new_tokens=NEW)
+        assert_equal(found[:, : question.shape[1]], question)
+        assert_equal(found[:, question.shape[1] :], generate(model, ids)[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
+def test_several_questions_about_one_document(name, how):
+    """One row of memory, three rows of questions, of different lengths, and several answers."""
+    model, document = build(name), draw(1, DOCUMENT)
+    questions = [draw(1, n) for n in (5, 2, WINDOW + 1)]
+    width = max(question.shape[1] for question in questions)
+    ids = torch.cat([torch.nn.functional.pad(q, (width - q.shape[1], 0)) for q in questions])
+    how = {"max_new_tokens": 5} | how
+    torch.manual_seed(1)
+    found = model.continue_from(read(model, document), ids, attention_mask=(ids > 0).long(), **how)
+    whole = torch.cat((document.expand(3, -1), ids), dim=1)
+    torch.manual_seed(1)
+    mask = torch.cat((torch.ones(3, DOCUMENT), ids > 0), dim=1).long()
+    wanted = model.generate(whole, attention_mask=mask, **how)
+    assert_equal(found, wanted[:, DOCUMENT:])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_turns_with_new_ids_alone(name):
+    model, ids, memory = build(name), draw(1, 5), MelodiCache(build(name).config)
+    told = ids[:, :0]
+    for turn in (ids, draw(1, WINDOW), draw(1, 3)):
+        out = model.continue_from(
+            memory, turn, do_sample=False, max_new_tokens=6, return_dict_in_generate=True
+        )
+        told = torch.cat((told, turn), dim=1)
+        assert_equal(
+            out.sequences[:, turn.shape[1] :],
+            generate(model, told, max_new_tokens=6)[:, told.shape[1] :],
+        )
+        memory = out.past_key_values
+        # the last token is not read yet: it comes first next time
+        memory_of_all = memory.clone()
+        with torch.no_grad():
+            model(out.sequences[:, -1:], past_key_values=memory_of_all)
+        memory, told = memory_of_all, torch.cat((told, out.sequences[:, turn.shape[1] :]), dim=1)
+        assert memory.get_seq_length() == told.shape[1]
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [1, DOCUMENT - 1, DOCUMENT, DOCUMENT + 1, 3 * DOCUMENT])
+def test_ids_that_would_be_lost_are_refused(name, masked, length):
+    """transformers takes the new ids for all ids, and drops as many as were read."""
+    model, new = build(name), draw(1, length)
+    mask = {"attention_mask": torch.ones_like(new)} if masked else {}
+    memory = read(model, draw(1, DOCUMENT))
+    with pytest.raises(ValueError, match=rf"the {DOCUMENT} columns .*model.continue_from\("):
+        model.generate(new, past_key_values=memory, max_new_tokens=3, **mask)
+    assert memory.get_seq_length() == DOCUMENT
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("kind", [MelodiCache, DynamicCache])
+def test_all_ids_are_not_refused(name, kind):
+    model, document = build(name), draw(2, DOCUMENT)
+    ids = torch.cat((document, draw(2, 3)), dim=1)
+    cache = kind(config=model.config)
+    with torch.no_grad():
+        model(document, past_key_values=cache)
+    assert_equal(generate(model, ids, past_key_values=cache), generate(model, ids))
+    changed = ids.clone()
+    changed[1, 7] = changed[1, 7] % 60 + 1  # not what was read
+    with pytest.raises(ValueError, match=r"model.continue_from\("):
+        generate(model, changed, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_document_may_have_been_given_as_embeddings(name):
+    model, document = build(name), draw(1, DOCUMENT)
+    cache = MelodiCache(model.config)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(document), past_key_values=cache)
+    ids = torch.cat((document, draw(1, 3)), dim=1)
+    assert_equal(generate(model, ids, past_key_values=cache), generate(model, ids))
+
+
+@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("pad_is_end", [False, True])
+def test_a_second_turn_after_rows_that_ended_early(name, pad_is_end):
+    """Row by row the logits that each conversation has alone, though one row had ended."""
+    model, ids = build(name), draw(2, WINDOW - 2)
+    plain = generate(model, ids, max_new_tokens=2 * WINDOW)[:, ids.shape[1] :]
+    # A token that row 0 comes to and row 1 does not: it ends row 0.
+    at, end = next(
+        (i, token)
+        for i, token in enumerate(plain[0].tolist())
+        if i > 0 and token not in plain[0, :i] and token not in plain[1]
+    )
+    cache = MelodiCache(model.config)
+    how = {"eos_token_id": end, "pad_token_id": end if pad_is_end else 0}
+    found = generate(model, ids, max_new_tokens=2 * WINDOW, past_key_values=cache, **how)
+    turn, following = draw(2, 3), draw(2, DOCUMENT)
+    mask = torch.ones_like(found)
+    mask[0, ids.shape[1] + at + 1 :] = 0
+    whole = torch.cat((found, turn), dim=1)
+    mask = torch.cat((mask, torch.ones_like(turn)), dim=1)
+    generate(model, whole, attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+    with torch.no_grad():
+        logits = model(following, past_key_values=cache).logits
+        for row, real in enumerate(mask.bool()):
+            alone = torch.cat((whole[row, real], following[row]))[None]
+            assert_near(logits[row], model(alone).logits[0, -DOCUMENT:])

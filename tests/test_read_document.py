@@ -1,0 +1,497 @@
+"""A document is read once, from any source and however it comes in parts, in constant memory."""
+
+import gc
+import io
+import json
+import random
+import subprocess
+import sys
+import weakref
+from itertools import chain, repeat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
+
+from melodi_hf import MelodiCache
+from melodi_hf.data.text import Document
+from melodi_hf.data.tokens import train_tokenizer
+from melodi_hf.models import reading
+
+from .models import (
+    BOTH,
+    DOCUMENT,
+    VOCABULARY,
+    WINDOW,
+    assert_differ,
+    assert_equal,
+    assert_near,
+    build,
+    draw,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Words of all kinds, runs of blanks, several line ends, letters of one to four bytes.
+TEXT = (
+    'The quick brown fox -- isn\'t it? -- said: "no";  3141592653 times.\r\n\r\n'
+    "\tdef f(x):\n        return x **  2\n\n\n日本語のテキスト、😀😀 e\u0301lan  ﬁn </s> <pad> . "
+) * 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([Document("a", TEXT)], 400, progress=False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(reading, "BLOCK", 300)
+    monkeypatch.setattr(reading, "CONTEXT", 80)
+
+
+def parts_of(whole, longest, seed=0):
+    """A text or a row of ids in parts of random lengths."""
+    generator, begin = random.Random(seed), 0
+    while begin < len(whole):
+        end = begin + generator.randint(1, longest)
+        yield whole[begin:end]
+        begin = end
+
+
+def next_logits(model, cache, ids):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+def test_the_name_is_free():
+    assert not hasattr(PreTrainedModel, "read_document")
+    assert not hasattr(GenerationMixin, "read_document")
+
+
+# Cuts and sources
+
+
+@pytest.mark.parametrize("longest", [3, 2 * WINDOW + 3])
+def test_any_parts_in_any_pieces_give_the_memory_of_one_call(model, longest):
+    ids, more = draw(2, DOCUMENT), draw(2, 9)
+    with torch.no_grad():
+        wanted = model(torch.cat((ids, more), dim=1)).logits[:, -9:]
+        alone = model(more).logits
+    for piece_length in (1, WINDOW - 1, 2 * WINDOW, None):
+        parts = (part.T for part in parts_of(ids.T, longest))
+        cache = model.read_document(parts, piece_length=piece_length)
+        assert cache.get_seq_length() == ids.shape[1]
+        found = next_logits(model, cache, more)
+        assert_near(found, wanted)
+        assert_differ(found, alone)
+
+
+SOURCES = {
+    "tensor": lambda ids: ids,
+    "rows": lambda ids: ids[None],
+    "int32": lambda ids: ids.int(),
+    "list": lambda ids: ids.tolist(),
+    "tuple": lambda ids: tuple(ids.tolist()),
+    "array": lambda ids: ids.numpy().astype("uint16"),
+    "integers": lambda ids: iter(ids.tolist()),
+    "integers of numpy": lambda ids: iter(ids.numpy()),
+    "single tensors": lambda ids: iter(ids),
+    "lists": lambda ids: iter([ids[:5].tolist(), [], ids[5:].tolist()]),
+    "split": lambda ids: ids[None].split(4, dim=1),
+    "mixed": lambda ids: chain(ids[:3].tolist(), [ids[3:9], ids[None, 9:12]], ids[12:].tolist()),
+}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_all_sources_give_the_same_memory(name):
+    model, ids, more = build(name), draw(DOCUMENT), draw(1, 5)
+    wanted = next_logits(model, model.read_document(ids), more)
+    for source in SOURCES.values():
+        assert_equal(next_logits(model, model.read_document(source(ids)), more), wanted)
+
+
+def test_ids_in_a_file_are_read(tmp_path):
+    """A mapped array that must not be written to, as ids of large corpora are kept."""
+    model, ids = build("melodi"), draw(DOCUMENT)
+    ids.numpy().astype("uint16").tofile(tmp_path / "ids.bin")
+    mapped = np.memmap(tmp_path / "ids.bin", dtype="uint16", mode="r")
+    cache = model.read_document(mapped)
+    more = draw(1, 3)
+    wanted = next_logits(model, model.read_document(ids), more)
+    assert_equal(next_logits(model, cache, more), wanted)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_reading_goes_on_from_an_earlier_cache(name):
+    model, ids, more = build(name), draw(1, DOCUMENT), draw(1, 5)
+    wanted = next_logits(model, model.read_document(ids), more)
+    cache = model.read_document(ids[:, :11])
+    assert model.read_document(ids[:, 11:], past_key_values=cache) is cache
+    assert_near(next_logits(model, cache, more), wanted)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_generation_goes_on_from_what_was_read(name):
+    model, ids = build(name), draw(1, DOCUMENT)
+    wanted = model.generate(ids, max_new_tokens=6, do_sample=False)[:, DOCUMENT:]
+    cache = model.read_document(ids[:, :-1])
+    mask = torch.ones_like(ids)
+    found = model.generate(
+        ids[:, -1:], attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False
+    )
+    assert_equal(found[:, 1:], wanted)
+
+
+# Text
+
+
+def trained(pre_tokenizer, normalizer=None):
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    # Of a part of the text, so that other letters are unknown.
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator([TEXT[:100]], trainer)
+    return tokenizer
+
+
+BLANK = "\u2581"
+WORDS_AND_LINE_ENDS = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TOKENIZERS = {
+    "bytes": lambda: trained(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "bytes after a blank": lambda: trained(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "punctuation with line ends": lambda: trained(
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS_AND_LINE_ENDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    ),
+    "blanks as letters": lambda: trained(pre_tokenizers.Metaspace(prepend_scheme="always")),
+    "normalised": lambda: trained(
+        pre_tokenizers.Split(Regex(f"{BLANK}+[^{BLANK}]*"), "isolated"),
+        normalizers.Sequence(
+            [
+                normalizers.NFKC(),
+                normalizers.Replace(Regex(" {2,}"), " "),
+                normalizers.Prepend(BLANK),
+                normalizers.Replace(" ", BLANK),
+            ]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_ids_of_a_text_in_parts_are_those_of_the_whole(kind, small_blocks):
+    tokenizer = TOKENIZERS[kind]()
+    whole = tokenizer.encode(TEXT).ids
+    for longest in (1, 7, 1000):
+        parts = parts_of(TEXT, longest)
+        assert [i for ids in reading.text_ids(parts, tokenizer) for i in ids] == whole
+    # Each part alone would give others:
+    assert [i for part in parts_of(TEXT, 7) for i in tokenizer.encode(part).ids] != whole
+
+
+@pytest.mark.parametrize("letters", ["木", "x", " ", "\n", "日本"])
+def test_a_text_without_words_is_read_in_blocks(letters, small_blocks):
+    tokenizer = TOKENIZERS["blanks as letters"]()
+    blocks = list(reading.text_ids(repeat(letters * 50, 200), tokenizer))
+    assert len(blocks) > 10
+    assert max(map(len, blocks)) < 500
+
+
+def text_model(tokenizer, **changes):
+    sizes = {"vocab_size": len(tokenizer), "window_length": 64, "bos_token_id": 0}
+    return build("melodi", **sizes | changes)
+
+
+def ids_read(model, *args, **kwargs):
+    """What the model was given."""
+    given = []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, x: given.append(x[0]))
+    try:
+        model.read_document(*args, **kwargs)
+    finally:
+        hook.remove()
+    assert all(ids.shape[0] == 1 for ids in given)
+    return torch.cat(given, dim=1)[0].tolist()
+
+
+def test_a_text_file_is_read_behind_the_start_token(tokenizer, tmp_path, small_blocks):
+    file, model = tmp_path / "book.txt", text_model(tokenizer)
+    file.write_text(TEXT, encoding="utf-8", newline="")
+    whole = tokenizer.backend_tokenizer
+    whole.encode_special_tokens = True  # "</s>" in a text is four characters
+    wanted = whole.encode(TEXT, add_special_tokens=False).ids
+    whole.encode_special_tokens = False
+    assert 0 not in wanted
+    with file.open(encoding="utf-8", newline="") as lines:
+        assert ids_read(model, lines, tokenizer=tokenizer) == [0, *wanted]
+    assert ids_read(model, TEXT, tokenizer=tokenizer) == [0, *wanted]
+    bare = {"tokenizer": tokenizer, "add_special_tokens": False}
+    assert ids_read(model, TEXT, **bare) == wanted
+    unstarted = text_model(tokenizer, bos_token_id=None)
+    assert ids_read(unstarted, TEXT, tokenizer=tokenizer) == wanted
+
+
+def test_only_the_beginning_of_a_document_has_a_start_token(tokenizer):
+    model, word = text_model(tokenizer), "quick"
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    cache = model.read_document([5])
+    assert ids_read(model, word, tokenizer=tokenizer, past_key_values=cache) == ids
+    assert ids_read(model, iter([7, word, 8, word]), tokenizer=tokenizer) == [7, *ids, 8, *ids]
+    assert ids_read(model, iter(["", word, "", [8], word]), tokenizer=tokenizer) == [
+        0,
+        *ids,
+        8,
+        *ids,
+    ]
+
+
+def test_what_the_tokenizer_puts_before_texts_is_read_once(tokenizer, small_blocks):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    around = [("</s>", 0), ("<pad>", 1)]
+    backend.post_processor = processors.TemplateProcessing("<pad> $A </s>", None, around)
+    backend.enable_truncation(4)
+    special = PreTrainedTokenizerFast(tokenizer_object=backend)
+    text = "quick brown fox " * 100
+    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids_read(text_model(tokenizer), text, tokenizer=special) == [1, *wanted]
+    assert special.backend_tokenizer.truncation is not None  # the user's is left as it was
+
+
+# Memory
+
+
+def test_nothing_of_the_source_is_kept():
+    model, alive, most = build("melodi"), set(), 0
+
+    def parts():
+        nonlocal most
+        for i in range(50):
+            ids = draw(3 * WINDOW)
+            alive.add(i)
+            weakref.finalize(ids, alive.discard, i)
+            yield ids
+            del ids
+            most = max(most, len(alive))
+
+    model.read_document(parts(), piece_length=WINDOW)
+    assert most <= 3
+    assert len(alive) <= 1
+
+
+def test_the_source_is_asked_only_for_what_is_read_next():
+    model, cache = build("melodi"), MelodiCache(build("melodi").config)
+
+    def parts():
+        for given in range(0, 10 * WINDOW, WINDOW):
+            assert given - cache.get_seq_length() <= 2 * WINDOW
+            yield draw(WINDOW)
+
+    model.read_document(parts(), past_key_values=cache, piece_length=2 * WINDOW)
+    assert cache.get_seq_length() == 10 * WINDOW
+
+
+def test_no_graph_is_kept_and_the_cache_goes_on_to_be_written():
+    model = build("melodi")
+    cache = model.read_document(draw(1, DOCUMENT))
+    held = [tensor for layer in cache.layers for tensor in layer.memory]
+    assert not any(tensor.requires_grad or tensor.is_inference() for tensor in held)
+    model(draw(1, 3), past_key_values=cache).logits.sum().backward()
+
+
+def peaks(tmp_path, *tokens):
+    """Megabytes that reads of so many tokens need, each in a process of its own."""
+    file = tmp_path / "peaks.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "read_million.py"), "--tiny"]
+    subprocess.run([*script, "--output", str(file), "--tokens", *map(str, tokens)], check=True)
+    return {row["tokens"]: row["peak MB"] for row in json.loads(file.read_text())["rows"]}
+
+
+def test_a_longer_read_needs_no_more_memory(tmp_path):
+    found = peaks(tmp_path, 2_000, 30_000)
+    assert found[30_000] < found[2_000] + 2
+
+
+@pytest.mark.slow
+def test_a_read_of_a_million_tokens_needs_the_memory_of_one_of_ten_thousand(tmp_path):
+    found = peaks(tmp_path, 10_000, 1_000_000)
+    assert found[1_000_000] < found[10_000] + 2  # its ids alone are 8 MB
+
+
+def read_and_reset(model, rows, times):
+    """Read one token per row into a cache, empty it, `times` times; bytes and objects gained."""
+    cache, ids = MelodiCache(model.config), draw(rows, 1)
+
+    def work(times):
+        for _ in range(times):
+            model(ids, past_key_values=cache, logits_to_keep=1)
+            cache.reset()
+
+    def held():
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * 4096, len(gc.get_objects())
+
+    with torch.no_grad():
+        work(300)  # what is made once is made
+        before = held()
+        work(times)
+    after = held()
+    return after[0] - before[0], after[1] - before[1]
+
+
+LEAST = {
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "num_attention_heads": 1,
+    "head_dim": 4,
+    "intermediate_size": 8,
+}
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="counts the pages that Linux shows"
+)
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("rows", "times"), [(100, 1_000), pytest.param(1, 100_000, marks=pytest.mark.slow)]
+)
+def test_a_hundred_thousand_reads_and_resets_leak_nothing(rows, times):
+    """Rows are documents: each is read and forgotten `times` times, 100 000 in all."""
+    model = build("melodi", **LEAST, long_memory_layers=(0,))
+    new_bytes, new_objects = read_and_reset(model, rows, times)
+    assert new_objects < times // 100
+    assert new_bytes < 4e6  # what the allocator holds back varies by one or two
+
+
+# Refusals
+
+
+NOT_DOCUMENTS = {
+    "no tokens": ([], "the document is empty"),
+    "nothing": (iter([]), "the document is empty"),
+    "no columns": (torch.zeros(2, 0, dtype=torch.long), "the document is empty"),
+    "no letters": (iter(["", ""]), "the document is empty"),
+    "fractions": (torch.rand(3), r"ids of type torch.float32 and shape \(3,\): they must be int"),
+    "truths": (torch.ones(3, dtype=torch.bool), "ids of type torch.bool"),
+    "cube": (torch.ones(1, 1, 1, dtype=torch.long), r"shape \(1, 1, 1\)"),
+    "list of all kinds": ([1, "a"], "a list that is not one of ids"),
+    "fraction in a list": ([1, 2.5], "ids of type torch.float32"),
+    "texts": (["a", "b"], r"a list of str, which could be several documents: .*iter\(source\)"),
+    "lists": ([[1], [2]], "a list of list, which could be several documents"),
+    "bytes": (b"ab", "the source is a bytes, b'ab': give ids"),
+    "binary file": (io.BytesIO(b"ab"), "the source gives a bytes, b'ab': .*opened in text mode"),
+    "encoding": ({"input_ids": [1]}, "the source is a dict: give its input_ids"),
+    "path": (Path("book.txt"), r"the path 'book.txt': give an open text file, open\("),
+    "number": (3, "the source is a int, 3: give ids"),
+    "none": (None, "the source is a NoneType, None: give ids"),
+    "rows that change": (iter([draw(2, 3), draw(3)]), "gives 1 rows after parts of 2"),
+    "unknown": ([1, VOCABULARY], f"input_ids contain {VOCABULARY}: the vocabulary has the ids"),
+    "negative": ([1, -1], "input_ids contain -1"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DOCUMENTS)
+def test_what_is_not_a_document(case, tokenizer):
+    source, message = NOT_DOCUMENTS[case]
+    text = {"tokenizer": tokenizer} if case == "no letters" else {}
+    model = text_model(tokenizer) if text else build("melodi")
+    with pytest.raises(ValueError, match=message):
+        model.read_document(source, **text)
+
+
+def test_text_needs_a_tokenizer_that_fits(tokenizer):
+    model = build("melodi")
+    with pytest.raises(ValueError, match="gives text, 'a word': give tokenizer= as well"):
+        model.read_document("a word")
+    with pytest.raises(ValueError, match=f"has {len(tokenizer)} tokens and the model's .*61"):
+        model.read_document("a word", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="dict does not say where"):
+        model.read_document("a word", tokenizer={})
+
+
+def test_what_cannot_be_gone_on_from():
+    model = build("melodi")
+    with pytest.raises(ValueError, match="past_key_values is a list: give MelodiCache"):
+        model.read_document([1], past_key_values=[])
+    with pytest.raises(ValueError, match="holds 1 rows and the batch has 2"):
+        model.read_document(draw(2, 3), past_key_values=model.read_document([1]))
+
+
+@pytest.mark.parametrize("piece_length", [0, -1, 2.5])
+def test_pieces_of_no_length(piece_length):
+    with pytest.raises(ValueError, match=f"piece_length is {piece_length}: it must be a whole"):
+        build("melodi").read_document([1], piece_length=piece_length)
+
+
+def test_dropout_is_refused_and_the_mode_is_left():
+    ids = draw(1, DOCUMENT)
+    model = build("melodi", attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match=r"dropout=0.0, attention_dropout=0.1: call model.eval()"):
+        model.read_document(ids)
+    calm = build("melodi").train()
+    wanted = next_logits(model.eval(), model.read_document(ids), ids)
+    assert_equal(next_logits(calm, calm.read_document(ids), ids), wanted)
+    assert calm.training
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_wrong_id_in_the_middle_loses_nothing(kept):
+    model, ids, more = build("melodi"), draw(10 * WINDOW), draw(1, 5)
+    wanted = next_logits(model, model.read_document(ids), more)
+    wrong = ids.clone()
+    wrong[7 * WINDOW + 1] = VOCABULARY
+    cache = MelodiCache(model.config) if kept else None
+    read = f"{6 * WINDOW} tokens per row were read"
+    message = f"contain 61: .*{read}, into past_key_values" if kept else f"{read} before; to keep"
+    with pytest.raises(ValueError, match=message):
+        model.read_document(wrong, past_key_values=cache, piece_length=2 * WINDOW)
+    if kept:
+        assert cache.get_seq_length() == 6 * WINDOW
+        model.read_document(ids[cache.get_seq_length() :], past_key_values=cache)
+        assert_near(next_logits(model, cache, more), wanted)
+
+
+def test_errors_of_the_source_pass_unchanged():
+    model, cache = build("melodi"), MelodiCache(build("melodi").config)
+    broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    def parts():
+        yield draw(5 * WINDOW)
+        raise broken
+
+    with pytest.raises(UnicodeDecodeError) as raised:
+        model.read_document(parts(), past_key_values=cache, piece_length=2 * WINDOW)
+    assert raised.value is broken
+    assert cache.get_seq_length() == 4 * WINDOW
+
+
+# The bar
+
+
+def test_a_bar_with_tokens_per_second_appears_when_it_takes_long(capsys, monkeypatch):
+    model, ids = build("melodi"), draw(2, 2 * WINDOW)
+    model.read_document(ids)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(reading, "PROGRESS_DELAY", 0)
+    for silent in (False, None):  # here is no terminal
+        model.read_document(ids, progress=silent)
+        assert capsys.readouterr() == ("", "")
+    model.read_document(ids)
+    bar = capsys.readouterr().err
+    assert "reading: 100%" in bar
+    assert "32.0/32.0" in bar
+    assert "token/s" in bar
+    model.read_document(iter(ids[0]))
+    assert "16.0token" in capsys.readouterr().err
