@@ -246,7 +246,8 @@ def segment_tensors(model, output, golden, segment):
         f"loss/seg{segment}/mean_cross_entropy": output.loss,
     }
     states = [name for name in golden if name.startswith(f"state/seg{segment}/")]
-    computed |= {name: parity_report.held(output.memory, name) for name in states}
+    length = model.config.window_length
+    computed |= {name: parity_report.held(output.memory, name, length) for name in states}
     prefix = "grads" if segment == 0 else f"grads_seg{segment}"
     if f"{prefix}/embed/embedding" in golden:
         model.zero_grad()

@@ -83,7 +83,7 @@ def build(name, seed=0, **changes):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         for layer in model.model.layers:
-            layer.self_attn.temperature.mul_(3)  # sharp enough to notice
+            layer.self_attn.temperature.weight.mul_(3)  # sharp enough to notice
             layer.self_attn.o_proj.weight.mul_(4)  # or a token is followed by itself
     return model
 

@@ -113,18 +113,22 @@ def test_the_document_may_have_been_given_as_embeddings(name):
     assert_equal(generate(model, ids, past_key_values=cache), generate(model, ids))
 
 
+def row_that_ends(model):
+    """Two prompts, and where row 0 comes to a token that neither had before, if it does."""
+    ids = draw(2, WINDOW - 2)
+    first, second = generate(model, ids, max_new_tokens=2 * WINDOW)[:, ids.shape[1] :].tolist()
+    for at, token in enumerate(first[:WINDOW]):
+        if at > 0 and token not in first[:at] and token not in second:
+            return ids, at, token
+    return None
+
+
 @pytest.mark.parametrize("name", VARIED)
 @pytest.mark.parametrize("pad_is_end", [False, True])
 def test_a_second_turn_after_rows_that_ended_early(name, pad_is_end):
     """Row by row the logits that each conversation has alone, though one row had ended."""
-    model, ids = build(name), draw(2, WINDOW - 2)
-    plain = generate(model, ids, max_new_tokens=2 * WINDOW)[:, ids.shape[1] :]
-    # A token that row 0 comes to and row 1 does not: it ends row 0.
-    at, end = next(
-        (i, token)
-        for i, token in enumerate(plain[0].tolist())
-        if i > 0 and token not in plain[0, :i] and token not in plain[1]
-    )
+    model = build(name)
+    ids, at, end = next(found for found in iter(lambda: row_that_ends(model), 0) if found)
     cache = MelodiCache(model.config)
     how = {"eos_token_id": end, "pad_token_id": end if pad_is_end else 0}
     found = generate(model, ids, max_new_tokens=2 * WINDOW, past_key_values=cache, **how)

@@ -25,11 +25,13 @@ AUTO_MAPS = {
         "AutoConfig": "configuration_melodi.MelodiConfig",
         "AutoModel": "modeling_melodi.MelodiModel",
         "AutoModelForCausalLM": "modeling_melodi.MelodiForCausalLM",
+        "AutoModelForDecision": "modeling_melodi.MelodiForCausalLM",
     },
     "transformer_xl": {
         "AutoConfig": "configuration_transformer_xl.TransformerXLConfig",
         "AutoModel": "modeling_transformer_xl.TransformerXLModel",
         "AutoModelForCausalLM": "modeling_transformer_xl.TransformerXLForCausalLM",
+        "AutoModelForDecision": "modeling_transformer_xl.TransformerXLForCausalLM",
     },
 }
 IDS = torch.arange(1, 22)[None] * 7 % 61

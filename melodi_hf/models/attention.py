@@ -140,6 +140,19 @@ def as_attended(attended, bias):
     return attended
 
 
+class Temperature(nn.Module):
+    """A factor per head, greater than zero. A module of its own, so that what keeps weights
+    elsewhere (offloading to disk, ZeRO) brings them when they are read."""
+
+    def __init__(self, num_heads):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self, dim):
+        """H 1 1 ..., `dim` axes."""
+        return self.weight.abs().view(-1, *[1] * (dim - 1))
+
+
 class Attention(nn.Module):
     """The projections of one layer, its temperature and its position bias."""
 
@@ -151,7 +164,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.temperature = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.temperature = Temperature(config.num_attention_heads)
         self.position = RelativePosition(config)
         self.dropout = config.attention_dropout
         self.config = config  # whose implementation of attention may be changed later
@@ -162,7 +175,7 @@ class Attention(nn.Module):
     def queries(self, x):
         """B T D, normalised -> B H T K, temperature applied."""
         q = unit(split_heads(self.q_proj(x), self.num_heads), self.eps)
-        return q * self.temperature.abs()[:, None, None].to(q.dtype)
+        return q * self.temperature(3).to(q.dtype)
 
     def keys_values(self, x):
         """B J D, normalised -> two of B H J K; zeros give zeros."""
@@ -172,7 +185,7 @@ class Attention(nn.Module):
     def bias_by_distance(self, distance, furthest=None):
         """Distances in tokens (any shape) -> H, that shape; what is not strictly before is hidden,
         and so is what lies more than `furthest` tokens before."""
-        temperature = self.temperature.abs().view(-1, *[1] * distance.dim())
+        temperature = self.temperature(distance.dim() + 1)
         hidden = distance <= 0 if furthest is None else (distance <= 0) | (distance > furthest)
         return (self.position(distance) * temperature).masked_fill(hidden, HIDDEN)
 

@@ -25,7 +25,7 @@ class AttentionMap(nn.Module):
 
         Returns B H T C, C the columns read so far.
         """
-        weights = [(chunk, chunk.weights.pop()) for chunk in chunks]
+        weights = [(chunk, chunk.weights.pop()) for chunk in chunks if chunk.weights]
         return columns.lay_out(weights, self.slots_before, self.tokens_before)
 
 

@@ -344,7 +344,8 @@ def fetch_memory(cache, layers, x):
     if not kinds <= OURS or len(cache.layers) != len(layers):
         raise ValueError(
             f"past_key_values holds {len(cache.layers)} layers ({', '.join(sorted(kinds))}) and "
-            f"this model has {len(layers)}: give MelodiCache(model.config), or nothing"
+            f"this model has {len(layers)}: give MelodiCache(model.config), or nothing (prefix "
+            f"tuning cannot write to a memory; prompt tuning can)"
         )
     if isinstance(cache, MelodiCache):
         refuse_memory_of(cache.config_fields, layers[0].config)
@@ -416,7 +417,8 @@ def _write(held, new):
     if new is held:
         return held
     has_graph = new.requires_grad or held.requires_grad
-    is_sealed = held.is_inference() and not torch.is_inference_mode_enabled()
+    is_sealed = not torch.compiler.is_compiling() and held.is_inference()
+    is_sealed = is_sealed and not torch.is_inference_mode_enabled()
     if has_graph or is_sealed or new.dtype != held.dtype or held.device != new.device:
         return widened(new, held.shape)
     held[_leading(new)] = new

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import Attention
+from .attention import Temperature
 from .attention_map import AttentionMap, Columns
 from .cache import fetch_memory, store_memory
 from .configuration_decoder import DecoderConfig
@@ -159,13 +159,20 @@ class DecoderPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, RelativePosition):
             init.normal_(module.weight, std=module.num_buckets**-0.5)
-        elif isinstance(module, Attention):
-            init.constant_(module.temperature, self.config.initial_temperature)
+        elif isinstance(module, Temperature):
+            init.constant_(module.weight, self.config.initial_temperature)
+
+    def _replicate_for_data_parallel(self):
+        raise ValueError(
+            "nn.DataParallel would tear rows from their memories: start one process for each GPU "
+            "by torchrun --nproc-per-node=N, or show it one GPU by CUDA_VISIBLE_DEVICES=0"
+        )
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; weights that are not finite are refused by name."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        """As in transformers; weights that are not finite are refused by name, and those in a
+        pickle (pytorch_model.bin) are read only if `use_safetensors=False` asks for it."""
+        loaded = super().from_pretrained(*args, **{"use_safetensors": True} | kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         refuse_infinite_weights(model.named_parameters(), args[0] if args else "the checkpoint")
         return loaded
@@ -177,6 +184,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
             "AutoConfig": f"configuration_{system}.{name}Config",
             "AutoModel": f"modeling_{system}.{name}Model",
             "AutoModelForCausalLM": f"modeling_{system}.{name}ForCausalLM",
+            # No decision model: `transformers serve` finds the code of others under this name only.
+            "AutoModelForDecision": f"modeling_{system}.{name}ForCausalLM",
         }
         return super().save_pretrained(*args, **kwargs)
 
@@ -244,7 +253,7 @@ class DecoderModel(DecoderPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         before = self._memory_before(x, past_key_values, memory, reset_memory)
         mask = real_columns(attention_mask, x, past_key_values)
-        refuse_packed_rows(kwargs.get("position_ids"), mask)
+        refuse_packed_rows(mask, **kwargs)
         plan = make_plan(before.progress, x.shape[1], mask, self.config.window_length)
         cache = past_key_values
         if cache is not None and cache.layers[0].record_past:
@@ -292,7 +301,7 @@ class DecoderModel(DecoderPreTrainedModel):
             refuse_foreign_memory(memory, self.layers, len(x))
             before = memory
         else:
-            before = self.empty_memory(len(x), x.device, x.dtype)
+            before = self.empty_memory(x.shape[0], x.device, x.dtype)
         if reset_memory is None:
             return before
         refuse_bad_reset(reset_memory, len(x))
@@ -312,6 +321,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused before any work is done."""
+        raise ValueError(
+            "continuous batching (generate_batch, transformers serve --continuous-batching) keeps "
+            "the keys and values of every token, which a memory does not have: call generate() on "
+            "a padded batch, or serve without that option"
+        )
 
     @can_return_tuple
     def forward(  # noqa: PLR0913 (generate() and Trainer prescribe the names)

@@ -24,7 +24,7 @@ ATTENTION = (
     ("self_attn.k_proj.weight", "tbase/_kvq/keys_layer/kernel"),
     ("self_attn.v_proj.weight", "tbase/_kvq/values_layer/kernel"),
     ("self_attn.o_proj.weight", "tbase/post_attn_mlp/output_layer/kernel"),
-    ("self_attn.temperature", "tbase/_kvq/attention_scale"),
+    ("self_attn.temperature.weight", "tbase/_kvq/attention_scale"),
     ("self_attn.position.weight", "relative_positions/rel_embedding"),
     ("post_attention_layernorm.weight", "tbase/pre_ffn_layernorm/scale"),
 )

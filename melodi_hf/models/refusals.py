@@ -26,20 +26,28 @@ def real_columns(attention_mask, x, cache):
     return None if mask.all() else mask
 
 
-def refuse_packed_rows(position_ids, mask):
+def refuse_packed_rows(mask, position_ids=None, seq_idx=None, cu_seq_lens_q=None, **_):
     """Several documents in one row would leak into each other through the memory."""
-    if position_ids is None or position_ids.dim() != 2:
+    if torch.compiler.is_compiling():  # nobody may look
         return
-    restarts = position_ids[:, 1:] < position_ids[:, :-1]
-    if mask is not None:
-        restarts = restarts & mask[:, :-1]
-    if restarts.any():
-        row, column = restarts.nonzero()[0].tolist()
-        raise ValueError(
-            f"position_ids restart in row {row} at column {column + 1}: several documents packed "
-            f"into one row would leak through the memory; give each its own row (packing=False), "
-            f"or read them in turn with reset_memory"
-        )
+    if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
+        _refuse_packed("cu_seq_lens_q", 0, int(cu_seq_lens_q[1]))
+    for name, given in (("position_ids", position_ids), ("seq_idx", seq_idx)):
+        if given is None or given.dim() != 2:
+            continue
+        goes_on = given.diff() > 0 if name == "position_ids" else given.diff() == 0
+        breaks = ~goes_on if mask is None else ~goes_on & mask[:, 1:] & mask[:, :-1]
+        if breaks.any():
+            row, column = breaks.nonzero()[0].tolist()
+            _refuse_packed(name, row, column + 1)
+
+
+def _refuse_packed(name, row, column):
+    raise ValueError(
+        f"{name} restart in row {row} at column {column}: several documents packed into one row "
+        f"would leak through the memory; give each its own row (packing=False), or read them in "
+        f"turn with reset_memory"
+    )
 
 
 def refuse_unknown_ids(input_ids, vocab_size):
@@ -111,7 +119,10 @@ def refuse_foreign_memory(memory, layers, batch_size):
 def refuse_infinite_weights(named_weights, origin):
     """A model with a NaN in it answers NaN to everything, without a word of where it came from."""
     for name, weight in named_weights:
-        if weight.is_meta or not weight.is_floating_point() or weight.isfinite().all():
+        is_plain = type(weight.data) is torch.Tensor  # integers in disguise (torchao) hold no NaN
+        if weight.is_meta or not is_plain or not weight.is_floating_point():
+            continue
+        if weight.isfinite().all():
             continue
         bad = int((~weight.isfinite()).sum())
         raise ValueError(

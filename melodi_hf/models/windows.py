@@ -109,8 +109,8 @@ class Chunk:
         return extended.narrow(dim, 0, offset + self.fill + self.tokens)
 
     def emptied(self, held, dim):
-        """What a window holds after it was closed."""
-        return held.narrow(dim, 0, 0)
+        """What a window holds after it was closed: nothing, and nothing kept alive by a view."""
+        return held.new_empty(_resize(held, dim, 0))
 
     def where_closed(self, new, old):
         """`new` in the rows whose window closes here, else `old`."""
@@ -252,7 +252,7 @@ class Plan:
         self.chunks = list(self._cut(progress, num_columns, window_length))
         tokens_read = progress.tokens_read + num_columns
         self.progress = Progress(tokens_read, (progress.fill + num_columns) % window_length)
-        self.lanes = len(tokens_read)  # rows of what is packed
+        self.lanes = tokens_read.shape[0]  # rows of what is packed
 
     def _cut(self, progress, num_columns, window_length):
         fill, done = progress.fill, 0
@@ -272,9 +272,9 @@ class Plan:
             chunk.snapshots = []
 
     def keep_weights(self):
-        """Have the chunks keep the weights of attention."""
+        """Have the chunks that have tokens keep the weights of attention."""
         for chunk in self.chunks:
-            chunk.weights = []
+            chunk.weights = [] if chunk.tokens else None
 
     def pack_tokens(self, x):
         """B T D in the caller's columns -> lanes, tokens of all chunks, D."""
@@ -383,7 +383,7 @@ def make_plan(progress, num_columns, mask, window_length):
         return Plan(progress, num_columns, window_length)
     everything = mask is None
     if everything:
-        shape = len(progress.tokens_read), num_columns
+        shape = progress.tokens_read.shape[0], num_columns
         mask = torch.ones(shape, dtype=torch.bool, device=progress.tokens_read.device)
     if torch.compiler.is_compiling():
         return plan_unseen(progress, mask, window_length)

@@ -1,0 +1,97 @@
+"""bfloat16 and float16: by autocast, as weights, in training and in generation."""
+
+import pytest
+import torch
+
+from .models import (
+    BOTH,
+    DOCUMENT,
+    WAYS,
+    WINDOW,
+    assert_equal,
+    assert_near,
+    build,
+    draw,
+)
+
+HALVES = [torch.bfloat16, torch.float16]
+ERROR = {torch.bfloat16: 0.2, torch.float16: 0.02}  # of logits of size 1
+
+
+def logits(model, ids, **how):
+    with torch.no_grad():
+        return model(ids, **how).logits
+
+
+def assert_close_in_size(found, wanted, dtype):
+    """Far from equal in a half, and as near as a half can be."""
+    error = (found.float() - wanted).std() / wanted.std()
+    assert 1e-5 < error < ERROR[dtype]
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_is_near_to_float32(name, dtype):
+    model, ids = build(name), draw(2, DOCUMENT)
+    with torch.autocast("cpu", dtype):
+        found = logits(model, ids)
+    assert found.dtype == dtype
+    assert_close_in_size(found, logits(model, ids), dtype)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_gradients_under_autocast(name):
+    """Those of float32, up to the rounding; the loss is computed in float32."""
+    model, ids = build(name), draw(2, DOCUMENT)
+    model(ids, labels=ids).loss.backward()
+    wanted = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    assert loss.dtype == torch.float32
+    loss.backward()
+    found = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+    assert found.dtype == torch.float32
+    assert torch.cosine_similarity(found, wanted, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_weights_in_half(name, dtype):
+    model, ids = build(name), draw(2, DOCUMENT)
+    wanted = logits(model, ids)
+    found = logits(model.to(dtype), ids)
+    assert found.dtype == dtype
+    assert_close_in_size(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("read", WAYS)
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+def test_reading_in_pieces(name, read, autocast):
+    """The memory that one piece leaves can be read by the next."""
+    model, ids = build(name), draw(2, DOCUMENT)
+    if not autocast:
+        model = model.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        whole, pieces = model(ids).logits, read(model, ids.split(WINDOW - 3, dim=1))
+    assert_near(pieces, whole, atol=0.1 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+def test_generation(name, autocast):
+    model, ids = build(name), draw(2, WINDOW + 3)
+    if not autocast:
+        model = model.bfloat16()
+    how = {"max_new_tokens": WINDOW + 2, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = model.generate(ids, attention_mask=mask, **how)
+        assert_equal(found, model.generate(ids, attention_mask=mask, **how))
+        alone = model.generate(ids[1:], **how)
+    assert found.shape == (2, 2 * WINDOW + 5)
+    assert_equal(found[1:], alone)
+    with pytest.raises(AssertionError):
+        assert_equal(found[:1, WINDOW + 3 :], alone[:, WINDOW + 3 :])
