@@ -419,7 +419,8 @@ def _write(held, new):
     has_graph = new.requires_grad or held.requires_grad
     is_sealed = not torch.compiler.is_compiling() and held.is_inference()
     is_sealed = is_sealed and not torch.is_inference_mode_enabled()
-    if has_graph or is_sealed or new.dtype != held.dtype or held.device != new.device:
+    moved = new.dtype != held.dtype or new.device != held.device
+    if has_graph or is_sealed or moved or new.shape == held.shape:
         return widened(new, held.shape)
     held[_leading(new)] = new
     return held

@@ -36,7 +36,7 @@ from .attention import Temperature
 from .attention_map import AttentionMap, Columns
 from .cache import fetch_memory, store_memory
 from .configuration_decoder import DecoderConfig
-from .loss import causal_lm_loss
+from .loss import causal_lm_loss, put_back, scored_columns, shifted, take
 from .norm import RMSNorm
 from .position import RelativePosition
 from .refusals import (
@@ -368,19 +368,24 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             return_memory=return_memory,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = self.dropout(hidden[:, kept]) * self.config.hidden_size**-0.5
-        logits = self.lm_head(hidden)
+        hidden, targets = outputs.last_hidden_state, shifted(labels, shift_labels)
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            columns = scored_columns(attention_mask, hidden, targets)
+        else:
+            kept = logits_to_keep
+            hidden = hidden[:, slice(-kept, None) if isinstance(kept, int) else kept]
+            columns = None
+        logits = self.lm_head(self.dropout(take(hidden, columns)) * self.config.hidden_size**-0.5)
         loss = None
-        if labels is not None or shift_labels is not None:
+        if targets is not None:
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
-                shift_labels=shift_labels,
+                shift_labels=take(targets, columns),
                 vocab_size=self.config.vocab_size,
                 **kwargs,
             )
+        logits = put_back(logits, columns)
         return CausalLMOutput(
             loss=loss,
             logits=logits,

@@ -51,12 +51,40 @@ def causal_lm_loss(
 
     logits: B T V; labels: B T, shifted here; shift_labels: B T, already shifted, takes precedence.
     """
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    target = shift_labels.reshape(-1).to(logits.device)
+    target = shifted(labels, shift_labels, ignore_index).reshape(-1).to(logits.device)
     total = CrossEntropy.apply(logits.reshape(-1, vocab_size), target, ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (target != ignore_index).sum()
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+def shifted(labels, shift_labels, ignore_index=-100):
+    """The target of each position: the label after it, unless targets are given as they are."""
+    if shift_labels is None and labels is not None:
+        return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return shift_labels
+
+
+def scored_columns(attention_mask, hidden, targets, ignore_index=-100):
+    """Where logits are worth their cost: a mask (B T) of tokens and targets, or None for all."""
+    if attention_mask is None or torch.compiler.is_compiling():
+        return None
+    columns = attention_mask[:, -hidden.shape[1] :].to(hidden.device).bool()
+    if targets is not None:
+        columns = columns | (targets != ignore_index).to(hidden.device)
+    return None if columns.all() else columns
+
+
+def take(x, columns):
+    """B T ... -> 1 N ..., what lies in the N columns of a mask; as it is for None."""
+    return x if columns is None else x[columns.to(x.device)][None]
+
+
+def put_back(x, columns):
+    """The way back, zero elsewhere."""
+    if columns is None:
+        return x
+    full = x.new_zeros(*columns.shape, *x.shape[2:])
+    return full.index_put((columns,), x[0])

@@ -179,15 +179,15 @@ class RaggedChunk(Chunk):
     def extend(self, held, new, dim):
         if self.tokens == 0:
             return super().extend(held, new, dim)
-        tokens = new.narrow(dim, 0, self.tokens)
-        offset = held.shape[dim] - self.window_length
-        slot = torch.arange(held.shape[dim], device=held.device) - offset
-        source = slot - self.slots_read[:, None]  # R, slots: which token of the chunk lies there
-        written = (source >= 0) & (source < self.count[:, None])
-        source = _along(source.clamp(0, self.tokens - 1), dim, held)
-        window = tokens.gather(dim, source.expand(_resize(tokens, dim, held.shape[dim])))
-        window = torch.where(_along(written, dim, held), window, held.to(new.dtype))
-        return torch.cat((window, new.narrow(dim, self.tokens, new.shape[dim] - self.tokens)), dim)
+        tokens, summaries = new.split((self.tokens, new.shape[dim] - self.tokens), dim)
+        offset, held = held.shape[dim] - self.window_length, held.to(new.dtype)
+        place = torch.arange(self.tokens, device=held.device)
+        # Where a row has no more tokens, slots are written with what they hold.
+        slot = (self.slots_read[:, None] + place) % self.window_length + offset  # R T
+        slot = _along(slot, dim, held).expand_as(tokens)
+        is_real = _along(place < self.count[:, None], dim, held)
+        window = held.scatter(dim, slot, torch.where(is_real, tokens, held.gather(dim, slot)))
+        return torch.cat((window, summaries), dim) if summaries.shape[dim] else window
 
     def trim(self, extended, dim, offset=0):
         return extended.narrow(dim, 0, offset + self.window_length)
