@@ -90,6 +90,24 @@ def test_rows_padded_on_the_left_equal_the_rows_alone(model):
         assert_equal(found, generate(model, row)[0, row.shape[1] :])
 
 
+@pytest.mark.parametrize("where", ["right", "middle", "anywhere"])
+@pytest.mark.parametrize("name", VARIED)
+def test_rows_padded_elsewhere_equal_the_rows_alone(name, where):
+    model, ids = build(name), draw(3, DOCUMENT)
+    mask = torch.rand(ids.shape) < 0.6
+    if where != "anywhere":
+        mask[:] = True
+        for row, missing in enumerate((2, WINDOW + 3, DOCUMENT - 3)):
+            first = DOCUMENT - missing if where == "right" else 2
+            mask[row, first : first + missing] = False
+    for how in ({}, {"use_cache": False}, {"prefill_chunk_size": 5}, {"num_beams": 2}):
+        together = generate(model, ids, attention_mask=mask.long(), **how)[:, DOCUMENT:]
+        how.pop("prefill_chunk_size", None)
+        for found, row, real in zip(together, ids, mask, strict=True):
+            alone = row[real][None]
+            assert_equal(found, generate(model, alone, **how)[0, alone.shape[1] :])
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_padding_without_a_mask_is_read(name):
     model, row = build(name), draw(1, WINDOW)

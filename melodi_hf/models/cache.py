@@ -54,6 +54,7 @@ class WindowMemoryLayer(CacheLayerMixin):
         self.memory: Any = None  # until the model fills it, as what follows
         self.progress: Any = None
         self.recent: Any = None  # B RECENT, the ids of the last columns
+        self.output: Any = None  # B D, of each row's last token, before the final norm
         self.columns: Any = 0  # read, padding included; a tensor in a static cache
         self.croppable = 0  # of them, those that `crop` may take back
         self.record_past = False
@@ -76,13 +77,15 @@ class WindowMemoryLayer(CacheLayerMixin):
             "with the model it was made by (prefix tuning and other models cannot write to it)"
         )
 
-    def begin(self, memory, window_length, batch_size, device):
-        """Hold an empty memory."""
+    def begin(self, memory, window_length, output, device):
+        """Hold an empty memory. output: B D, zeros."""
+        batch_size = output.shape[0]
         self.memory, self.window_length = memory, window_length
         self.progress = Progress(torch.zeros(batch_size, dtype=torch.long, device=device), 0)
         self.recent = torch.full((batch_size, RECENT), NOT_AN_ID, device=device)
+        self.output = output
 
-    def store(self, memory, progress, recent, columns, full_windows):
+    def store(self, memory, progress, recent, output, columns, full_windows):
         """Take over the memory after a call of `columns` columns, padding included."""
         kept = progress.tokens_read - RECENT
         windows = [*self.journal, *full_windows]
@@ -91,7 +94,7 @@ class WindowMemoryLayer(CacheLayerMixin):
         write = _anew if full_windows else _write
         pairs = zip(self.memory, memory, strict=True)
         self.memory = type(memory)(*(write(held, new) for held, new in pairs))
-        self.progress, self.recent = progress, recent
+        self.progress, self.recent, self.output = progress, recent, output
         self.columns += columns
         self.croppable = min(self.croppable + columns, RECENT)
         self.is_initialized = True
@@ -113,15 +116,15 @@ class WindowMemoryLayer(CacheLayerMixin):
 
     def _for_all_tensors(self, function):
         if self.memory is not None:
-            held = self.memory, self.progress, self.recent, self.journal
-            self.memory, self.progress, self.recent, self.journal = tree_map(
-                lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, held
-            )
+            names = ("memory", "progress", "recent", "output", "journal")
+            held = {name: getattr(self, name) for name in names}
+            vars(self).update(tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, held))
 
     def reset(self):
         if self.memory is not None:
             empty = type(self.memory)(*(torch.zeros_like(tensor) for tensor in self.memory))
-            self.begin(empty, self.window_length, self.batch_size, self.recent.device)
+            output = torch.zeros_like(self.output)
+            self.begin(empty, self.window_length, output, self.recent.device)
         self.columns, self.croppable, self.journal = 0, 0, []
 
     def reorder_cache(self, beam_idx):
@@ -159,6 +162,7 @@ class WindowMemoryLayer(CacheLayerMixin):
         self.progress = Progress(tokens_read, fill)
         unknown = self.recent.new_full((len(self.recent), removed), NOT_AN_ID)
         self.recent = torch.cat((unknown, self.recent[:, :-removed]), dim=1)
+        self.output = torch.zeros_like(self.output)
         self.columns -= removed
         self.croppable -= removed
 
@@ -197,20 +201,22 @@ class StaticWindowMemoryLayer(WindowMemoryLayer):
     is_compileable = True
     is_croppable = False
 
-    def begin(self, memory, window_length, batch_size, device):
-        super().begin(memory, window_length, batch_size, device)
+    def begin(self, memory, window_length, output, device):
+        super().begin(memory, window_length, output, device)
         self.progress = self.progress._replace(fill=None)  # a number would be part of the graph
         self.columns = torch.zeros((), dtype=torch.long, device=device)
         if not torch.compiler.is_compiling():
-            for tensor in (*memory, self.progress.tokens_read, self.recent, self.columns):
+            counters = self.progress.tokens_read, self.recent, self.columns
+            for tensor in (*memory, *counters, output):
                 torch._dynamo.mark_static_address(tensor)
 
-    def store(self, memory, progress, recent, columns, full_windows):
+    def store(self, memory, progress, recent, output, columns, full_windows):
         for held, new in zip(self.memory, memory, strict=True):
             if new is not held:
                 held[_leading(new)] = new
         self.progress.tokens_read.copy_(progress.tokens_read)
         self.recent.copy_(recent)
+        self.output.copy_(output)
         self.columns.add_(columns)
         self.is_initialized = True
 
@@ -261,7 +267,8 @@ class MelodiCache(DynamicCache):
 
         Raises `ValueError` for a cache that has read nothing, `OSError` if nothing can be written.
         """
-        extras = None if self.layers[0].recent is None else {"recent": self.layers[0].recent}
+        first = self.layers[0]
+        extras = None if first.recent is None else {"recent": first.recent, "output": first.output}
         save_memory_file(self, path, dtype=dtype, model=model, extras=extras)
 
     @classmethod
@@ -283,7 +290,8 @@ class MelodiCache(DynamicCache):
         for layer, memory in zip(cache.layers, saved.layers, strict=True):
             layer.memory, layer.window_length = memory, saved.config["window_length"]
             layer.progress = Progress(saved.tokens_read, saved.fill)
-            layer.recent, layer.columns = saved.extras["recent"], saved.columns
+            layer.recent, layer.output = saved.extras["recent"], saved.extras["output"]
+            layer.columns = saved.columns
             layer.is_initialized = True
         return cache
 
@@ -354,15 +362,16 @@ def fetch_memory(cache, layers, x):
         device = "cpu" if cache.offloading else x.device
         for held, layer in zip(held_layers, layers, strict=True):
             empty = layer.empty_memory(len(x), device, x.dtype, for_generation=True)
-            held.begin(empty, layer.config.window_length, len(x), x.device)
+            held.begin(empty, layer.config.window_length, torch.zeros_like(x[:, 0]), x.device)
     _refuse_other(cache, layers, x)
     return tuple(held.memory for held in held_layers), held_layers[0].progress
 
 
-def store_memory(cache, memory, plan, input_ids, mask):
+def store_memory(cache, memory, plan, output, input_ids, mask):
     """Write the memory after a call back into the cache.
 
-    input_ids: B T, or None if embeddings were read; mask: B T, true at tokens, None if all are.
+    output: B D, of each row's last token; input_ids: B T, or None if embeddings were read;
+    mask: B T, true at tokens, None if all are.
     """
     recent = cache.layers[0].recent
     if input_ids is None:
@@ -372,7 +381,7 @@ def store_memory(cache, memory, plan, input_ids, mask):
     recent = torch.cat((recent, input_ids.to(recent.device)), dim=1)[:, -RECENT:]
     for i, (held, new) in enumerate(zip(cache.layers, memory.layers, strict=True)):
         full = [_full_window(chunk, held, i) for chunk in plan.chunks if chunk.snapshots]
-        held.store(new, memory.progress, recent, plan.num_columns, full)
+        held.store(new, memory.progress, recent, output, plan.num_columns, full)
 
 
 def _full_window(chunk, held, layer_idx):

@@ -266,8 +266,10 @@ class DecoderModel(DecoderPreTrainedModel):
         offload = cache is not None and cache.offloading
         x, layers = self.read(x, before.layers, plan, columns, offload)
         after = Memory(layers, plan.progress)
+        if mask is not None:
+            x = carry_forward(x, mask, cache)
         if cache is not None:
-            store_memory(cache, after, plan, input_ids, mask)
+            store_memory(cache, after, plan, x[:, -1], input_ids, mask)
         return DecoderOutput(
             last_hidden_state=self.norm(x),
             past_key_values=past_key_values,
@@ -405,6 +407,16 @@ def make_known(model, language_model):
     system = model.config_class.model_type
     MODEL_MAPPING_NAMES[system] = model.__name__
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[system] = language_model.__name__
+
+
+def carry_forward(x, mask, cache):
+    """Give padding what the row's last token before it has: so the last column of a row says what
+    comes next, wherever its padding lies. x: B T D; mask: B T."""
+    columns = torch.arange(mask.shape[1], device=mask.device).masked_fill(~mask, -1)
+    last = columns.cummax(dim=1).values[..., None]  # B T 1, -1 before the first token
+    before = torch.zeros_like(x[:, 0]) if cache is None else cache.layers[0].output.to(x.dtype)
+    found = x.gather(1, last.clamp(min=0).expand_as(x))
+    return torch.where(last < 0, before[:, None], found)
 
 
 def detach(memory):

@@ -68,10 +68,12 @@ def shifted(labels, shift_labels, ignore_index=-100):
 
 
 def scored_columns(attention_mask, hidden, targets, ignore_index=-100):
-    """Where logits are worth their cost: a mask (B T) of tokens and targets, or None for all."""
+    """Where logits are worth their cost: at tokens, at targets and in the last column, which says
+    what comes next. A mask (B T), or None for all."""
     if attention_mask is None or torch.compiler.is_compiling():
         return None
-    columns = attention_mask[:, -hidden.shape[1] :].to(hidden.device).bool()
+    columns = attention_mask[:, -hidden.shape[1] :].to(hidden.device, torch.bool, copy=True)
+    columns[:, -1] = True
     if targets is not None:
         columns = columns | (targets != ignore_index).to(hidden.device)
     return None if columns.all() else columns
