@@ -64,7 +64,8 @@ def folder(model, tokenizer, tmp_path):
 @pytest.mark.parametrize("length", [1, 2, 8, 9, 40, 41])
 def test_reading_in_pieces_continues_as_reading_whole(model, length):
     ids = torch.randint(0, model.config.vocab_size, (length,))
-    whole = model.generate(ids[None], max_new_tokens=12, do_sample=False)[0, length:]
+    everything = {"attention_mask": torch.ones(1, length, dtype=torch.long)}  # id 0, too
+    whole = model.generate(ids[None], max_new_tokens=12, do_sample=False, **everything)[0, length:]
     for piece_windows in (1, 2, 100):
         new_ids, info = read_and_continue(
             model, ids, 12, piece_windows=piece_windows, progress=False, do_sample=False

@@ -37,9 +37,10 @@ def attend(q, k, v, bias=None, *, in_order=False, dropout=0.0, eager=False):
     broadcasts to B H T J, or None; in_order: the queries are the last T of the keys and the bias
     hides what is not strictly before; dropout: the probability to drop a weight. Returns B H T K.
     """
-    if eager or (dropout and needs_bias_gradient(q, bias)):
+    trains_bias = needs_bias_gradient(q, bias)
+    if eager or (trains_bias and (dropout or torch.compiler.is_compiling())):
         return _attend_plainly(q, k, v, bias, dropout)
-    if needs_bias_gradient(q, bias):
+    if trains_bias:
         return RecomputedAttention.apply(q, k, v, bias, in_order)
     bias = None if bias is None else bias.to(q.dtype)
     return nn.functional.scaled_dot_product_attention(

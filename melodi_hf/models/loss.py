@@ -52,7 +52,13 @@ def causal_lm_loss(
     logits: B T V; labels: B T, shifted here; shift_labels: B T, already shifted, takes precedence.
     """
     target = shifted(labels, shift_labels, ignore_index).reshape(-1).to(logits.device)
-    total = CrossEntropy.apply(logits.reshape(-1, vocab_size), target, ignore_index)
+    logits = logits.reshape(-1, vocab_size)
+    if torch.compiler.is_compiling():  # a compiler fuses what is written out
+        total = nn.functional.cross_entropy(
+            logits.float(), target, ignore_index=ignore_index, reduction="sum"
+        )
+    else:
+        total = CrossEntropy.apply(logits, target, ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (target != ignore_index).sum()
     elif torch.is_tensor(num_items_in_batch):
@@ -89,4 +95,5 @@ def put_back(x, columns):
     if columns is None:
         return x
     full = x.new_zeros(*columns.shape, *x.shape[2:])
-    return full.index_put((columns,), x[0])
+    full[columns] = x[0]
+    return full
