@@ -269,7 +269,8 @@ class DecoderModel(DecoderPreTrainedModel):
         if mask is not None:
             x = carry_forward(x, mask, cache)
         if cache is not None:
-            store_memory(cache, after, plan, x[:, -1], input_ids, mask)
+            last = x[:, -1].detach().clone()  # a view would keep all of x
+            store_memory(cache, after, plan, last, input_ids, mask)
         return DecoderOutput(
             last_hidden_state=self.norm(x),
             past_key_values=past_key_values,
