@@ -228,7 +228,7 @@ class ClosingChunk(RaggedChunk):
 
         def close(*flat):
             bias, *rest = (part.view(shape) for part, shape in zip(flat, shapes, strict=True))
-            held = memory._replace(**dict(zip(changed, rest[:count], strict=True)))
+            held = _replaced(memory, changed, rest[:count])
             output, new = cell(self, bias, held, *rest[count:])
             return output.flatten(), *(getattr(new, name).flatten().clone() for name in changed)
 
@@ -239,9 +239,9 @@ class ClosingChunk(RaggedChunk):
         # Flat, since torch may lay out anew what has several axes on its way into a branch.
         flat = tuple(operand.flatten() for operand in operands)
         output, *new = torch.cond(self.is_closing.any(), close, leave, flat)
-        new = (part.view(shape) for part, shape in zip(new, shapes[1:], strict=False))
-        memory = memory._replace(**dict(zip(changed, new, strict=True)))
-        return output.view(shapes[count + 1]), memory
+        pairs = zip(new, shapes[1 : count + 1], strict=True)
+        new = [part.view(shape) for part, shape in pairs]
+        return output.view(shapes[count + 1]), _replaced(memory, changed, new)
 
 
 class Plan:
@@ -523,6 +523,12 @@ def put_rows(old, new, rows):
     slots = [max(sizes) for sizes in zip(old.shape[1:], new.shape[1:], strict=True)]
     old, new = widened(old, (len(old), *slots)), widened(new, (len(new), *slots))
     return old.to(new.dtype).index_copy(0, rows, new)
+
+
+def _replaced(memory, names, tensors):
+    for name, tensor in zip(names, tensors, strict=True):
+        memory = memory._replace(**{name: tensor})
+    return memory
 
 
 def _rows(mask, like):  # B -> B 1 1 ...
