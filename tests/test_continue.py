@@ -2,11 +2,22 @@
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from melodi_hf import MelodiCache
 
-from .models import BOTH, DOCUMENT, VARIED, WINDOW, assert_equal, assert_near, build, draw
+from .models import (
+    BOTH,
+    DOCUMENT,
+    VARIED,
+    VOCABULARY,
+    WINDOW,
+    assert_equal,
+    assert_near,
+    build,
+    draw,
+)
 
 NEW = WINDOW + 2  # tokens
 
@@ -143,3 +154,104 @@ def test_a_second_turn_after_rows_that_ended_early(name, pad_is_end):
         for row, real in enumerate(mask.bool()):
             alone = torch.cat((whole[row, real], following[row]))[None]
             assert_near(logits[row], model(alone).logits[0, -DOCUMENT:])
+
+
+class StopRowZero(StoppingCriteria):
+    """Ends row 0 at a column, whatever it says there."""
+
+    def __call__(self, input_ids, scores, **how):
+        return torch.tensor([True, False]) & (input_ids.shape[1] >= WINDOW + 3)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_second_turn_after_a_row_that_was_stopped(name):
+    model, ids, turn = build(name), draw(2, WINDOW - 2), draw(2, 3)
+    cache = MelodiCache(model.config)
+    stop = StoppingCriteriaList([StopRowZero()])
+    how = {"past_key_values": cache, "stopping_criteria": stop, "max_new_tokens": 2 * WINDOW}
+    found = generate(model, ids, eos_token_id=VOCABULARY - 1, pad_token_id=0, **how)
+    mask = torch.ones_like(found)
+    mask[0, WINDOW + 3 :] = 0
+    assert (found[0, WINDOW + 3 :] == 0).all()
+    whole, mask = torch.cat((found, turn), dim=1), torch.cat((mask, torch.ones_like(turn)), dim=1)
+    generate(model, whole, attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+    following = draw(2, DOCUMENT)
+    with torch.no_grad():
+        logits = model(following, past_key_values=cache).logits
+        for row, real in enumerate(mask.bool()):
+            alone = torch.cat((whole[row, real], following[row]))[None]
+            assert_near(logits[row], model(alone).logits[0, -DOCUMENT:])
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("helper", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_turns_with_all_ids_and_assistance(name, helper):
+    model, ids, cache = build(name), draw(1, WINDOW), MelodiCache(build(name).config)
+    how = {helper: build(name, seed=1) if helper == "assistant_model" else 4}
+    for _ in range(3):
+        found = generate(model, ids, past_key_values=cache, **how)
+        assert_equal(found, generate(model, ids))
+        assert cache.get_seq_length() == found.shape[1] - 1
+        ids = torch.cat((found, draw(1, 3)), dim=1)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_padding_that_lies_elsewhere_than_it_was_read_is_refused(name):
+    model, ids = build(name), draw(2, DOCUMENT)
+    mask = torch.ones_like(ids)
+    mask[1, -4:] = 0
+    memory = read(model, ids, attention_mask=mask)
+    whole = torch.cat((ids, draw(2, 3)), dim=1)
+    moved = torch.ones_like(whole)
+    moved[1, -7:-5] = 0
+    with pytest.raises(ValueError, match="zeros in attention_mask where padding was"):
+        generate(model, whole, attention_mask=moved, past_key_values=memory)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_static_memory_stays_as_it_was_too(name):
+    model, document, question = build(name), draw(1, DOCUMENT), draw(1, 3)
+    memory = StaticCache(config=model.config, max_cache_len=DOCUMENT)
+    with torch.inference_mode():
+        model(document, past_key_values=memory)
+    ids = torch.cat((document, question), dim=1)
+    for _ in range(2):
+        found = model.continue_from(memory, question, do_sample=False, max_new_tokens=NEW)
+        assert_equal(found[:, 3:], generate(model, ids)[:, ids.shape[1] :])
+    assert int(memory.get_seq_length()) == DOCUMENT
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_what_would_give_other_tokens_is_refused(name):
+    model, ids = build(name), draw(1, 5)
+    with pytest.raises(ValueError, match="use_cache is False and past_key_values is given"):
+        generate(model, ids, past_key_values=MelodiCache(model.config), use_cache=False)
+    with pytest.raises(ValueError, match="assistant_early_exit would share one memory"):
+        generate(model, ids, assistant_early_exit=1)
+    for wrong in ([1, 2], ids[0], ids[:, :0]):
+        with pytest.raises(ValueError, match="give a tensor of ids, rows and columns"):
+            model.continue_from(read(model, ids), wrong)
+    with pytest.raises(ValueError, match="give the mask of the new ids alone"):
+        model.continue_from(read(model, ids), ids, attention_mask=torch.ones(1, 10))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_prompt_may_be_embeddings(name):
+    model, ids = build(name), draw(2, DOCUMENT)
+    wanted = generate(model, ids)[:, DOCUMENT:]
+    embeds = model.get_input_embeddings()(ids).detach()
+    how = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids)}
+    found = model.generate(do_sample=False, max_new_tokens=NEW, **how)
+    assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_memory_read_in_another_precision(name, dtype):
+    model, ids = build(name), draw(2, DOCUMENT)
+    memory = read(model.to(dtype), ids)
+    model.to(torch.float32)
+    with torch.no_grad():
+        found = model(draw(2, DOCUMENT), past_key_values=memory).logits
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()

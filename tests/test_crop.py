@@ -144,3 +144,26 @@ def test_assisted_decoding_equals_greedy(name, helper):
     assert_equal(model.generate(ids, **how, **assistant), wanted)
     cache = MelodiCache(model.config)
     assert_equal(model.generate(ids, past_key_values=cache, **how, **assistant), wanted)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_after_taking_back_a_row_of_padding_goes_on_from_what_is_left(name):
+    model, ids = build(name), draw(2, SEEN)
+    cache = MelodiCache(model.config)
+    cache.activate_past_recording()
+    read(model, ids[:, :4], cache)
+    read(model, ids[:, 4:], cache)
+    cache.crop(-5)
+    mask = torch.tensor([[1, 1], [0, 0]])
+    with torch.no_grad():
+        found = model(draw(2, 2), past_key_values=cache, attention_mask=mask).logits[1, -1]
+        assert_near(found, model(ids[1:, :-5]).logits[0, -1])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_what_a_row_of_padding_would_go_on_from_may_be_gone(name):
+    model, ids = build(name), draw(2, SEEN)
+    cache = read(model, ids)
+    cache.crop(-2)
+    with pytest.raises(ValueError, match=r"row 1 has nothing but padding right after crop\(\)"):
+        read(model, draw(2, 2), cache, attention_mask=torch.tensor([[1, 1], [0, 0]]))

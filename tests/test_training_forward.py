@@ -290,3 +290,26 @@ def test_autocast_trains_and_generates(name):
         assert functional.cosine_similarity(*both, dim=0) > 0.98
     assert generated.shape == (2, WINDOW + 12)
     assert (continued.float() - whole.float()).abs().mean() < 0.1 * whole.float().std()
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_loss_does_not_depend_on_where_padding_lies(name):
+    """The first token of a row is predicted by nothing, wherever the row begins."""
+    model, row = build(name), draw(1, 2 * WINDOW + 3)
+    wanted = model(row, labels=row).loss
+    for first in (0, 2, 5):
+        ids = torch.cat((draw(1, first), row, draw(1, 5 - first)), dim=1)
+        mask = torch.zeros_like(ids)
+        mask[:, first : first + row.shape[1]] = 1
+        labels = ids.masked_fill(mask == 0, -100)
+        assert_near(model(ids, attention_mask=mask, labels=labels).loss, wanted)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("wrong", ["float ids", "list of ids", "additive mask"])
+def test_inputs_of_another_kind_are_refused(name, wrong):
+    model, ids = build(name), draw(1, 5)
+    mask = torch.zeros(1, 5) - 1e9 if wrong == "additive mask" else None
+    ids = {"float ids": ids.float(), "list of ids": ids.tolist()}.get(wrong, ids)
+    with pytest.raises(ValueError, match=r"whole numbers|other than 0 and 1"):
+        model(ids, attention_mask=mask)

@@ -8,7 +8,7 @@ slots is not shown, so a row of the map sums to one or less.
 import torch
 from torch import nn
 
-from .cache import NOT_AN_ID
+from .cache import UNKNOWN_ID
 
 
 class AttentionMap(nn.Module):
@@ -38,7 +38,8 @@ class Columns:
         shape = len(tokens_read), num_columns
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=tokens_read.device)
-        before = mask[:, :0] if cache is None else cache.layers[0].recent != NOT_AN_ID
+        recent = None if cache is None else cache.layers[0].recent
+        before = mask[:, :0] if recent is None else (recent >= 0) | (recent == UNKNOWN_ID)
         real = torch.cat((before, mask), dim=1)
         past = 0 if cache is None else int(cache.get_seq_length())
         self.past, self.num_columns = past, num_columns

@@ -32,6 +32,7 @@ RECENT = 1024
 
 NOT_AN_ID = -1  # a column of padding
 UNKNOWN_ID = -2  # a column that was given as an embedding
+FORGOTTEN = -3  # a column before those that are held
 
 
 class FullWindow(NamedTuple):
@@ -54,7 +55,9 @@ class WindowMemoryLayer(CacheLayerMixin):
         self.memory: Any = None  # until the model fills it, as what follows
         self.progress: Any = None
         self.recent: Any = None  # B RECENT, the ids of the last columns
-        self.output: Any = None  # B D, of each row's last token, before the final norm
+        self.output: Any = None  # B n D, of the last n columns, before the final norm: what a row
+        # of padding goes on with; n is 1 unless tokens may be taken back
+        self.knows_output = True
         self.columns: Any = 0  # read, padding included; a tensor in a static cache
         self.croppable = 0  # of them, those that `crop` may take back
         self.record_past = False
@@ -78,12 +81,12 @@ class WindowMemoryLayer(CacheLayerMixin):
         )
 
     def begin(self, memory, window_length, output, device):
-        """Hold an empty memory. output: B D, zeros."""
+        """Hold an empty memory. output: B 1 D, zeros."""
         batch_size = output.shape[0]
         self.memory, self.window_length = memory, window_length
         self.progress = Progress(torch.zeros(batch_size, dtype=torch.long, device=device), 0)
-        self.recent = torch.full((batch_size, RECENT), NOT_AN_ID, device=device)
-        self.output = output
+        self.recent = torch.full((batch_size, RECENT), FORGOTTEN, device=device)
+        self.output, self.knows_output = output, True
 
     def store(self, memory, progress, recent, output, columns, full_windows):
         """Take over the memory after a call of `columns` columns, padding included."""
@@ -95,6 +98,7 @@ class WindowMemoryLayer(CacheLayerMixin):
         pairs = zip(self.memory, memory, strict=True)
         self.memory = type(memory)(*(write(held, new) for held, new in pairs))
         self.progress, self.recent, self.output = progress, recent, output
+        self.knows_output = True
         self.columns += columns
         self.croppable = min(self.croppable + columns, RECENT)
         self.is_initialized = True
@@ -123,7 +127,7 @@ class WindowMemoryLayer(CacheLayerMixin):
     def reset(self):
         if self.memory is not None:
             empty = type(self.memory)(*(torch.zeros_like(tensor) for tensor in self.memory))
-            output = torch.zeros_like(self.output)
+            output = torch.zeros_like(self.output[:, :1])
             self.begin(empty, self.window_length, output, self.recent.device)
         self.columns, self.croppable, self.journal = 0, 0, []
 
@@ -160,9 +164,11 @@ class WindowMemoryLayer(CacheLayerMixin):
             together = bool((lost == lost[0]).all())
             fill = (fill - int(lost[0])) % self.window_length if together else None
         self.progress = Progress(tokens_read, fill)
-        unknown = self.recent.new_full((len(self.recent), removed), NOT_AN_ID)
+        unknown = self.recent.new_full((len(self.recent), removed), FORGOTTEN)
         self.recent = torch.cat((unknown, self.recent[:, :-removed]), dim=1)
-        self.output = torch.zeros_like(self.output)
+        self.knows_output = removed < self.output.shape[1]
+        kept = self.output[:, :-removed] if self.knows_output else self.output[:, :1] * 0
+        self.output = kept
         self.columns -= removed
         self.croppable -= removed
 
@@ -211,6 +217,7 @@ class StaticWindowMemoryLayer(WindowMemoryLayer):
                 torch._dynamo.mark_static_address(tensor)
 
     def store(self, memory, progress, recent, output, columns, full_windows):
+        self._unseal()
         for held, new in zip(self.memory, memory, strict=True):
             if new is not held:
                 held[_leading(new)] = new
@@ -219,6 +226,14 @@ class StaticWindowMemoryLayer(WindowMemoryLayer):
         self.output.copy_(output)
         self.columns.add_(columns)
         self.is_initialized = True
+
+    def _unseal(self):
+        # What was made in inference mode may be written to in it alone.
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if self.columns.is_inference():
+            WindowMemoryLayer._for_all_tensors(self, torch.clone)
+            self.columns = self.columns.clone()
 
     def _for_all_tensors(self, function):
         def stay(leaf):
@@ -229,8 +244,9 @@ class StaticWindowMemoryLayer(WindowMemoryLayer):
 
     def reset(self):
         if self.memory is not None:
+            self._unseal()
             self._for_all_tensors(torch.zeros_like)
-            self.recent.fill_(NOT_AN_ID)
+            self.recent.fill_(FORGOTTEN)
             self.columns.zero_()
 
     def activate_past_recording(self):
@@ -326,7 +342,9 @@ def clone_cache(cache):
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in twin.layers:
-        layer._for_all_tensors(lambda tensor: tensor.detach().clone())
+        # Not what a static layer does, which stays where it is.
+        WindowMemoryLayer._for_all_tensors(layer, lambda tensor: tensor.detach().clone())
+        layer.columns = copy.deepcopy(layer.columns)
     return twin
 
 
@@ -362,17 +380,22 @@ def fetch_memory(cache, layers, x):
         device = "cpu" if cache.offloading else x.device
         for held, layer in zip(held_layers, layers, strict=True):
             empty = layer.empty_memory(len(x), device, x.dtype, for_generation=True)
-            held.begin(empty, layer.config.window_length, torch.zeros_like(x[:, 0]), x.device)
+            held.begin(empty, layer.config.window_length, torch.zeros_like(x[:, :1]), x.device)
     _refuse_other(cache, layers, x)
-    return tuple(held.memory for held in held_layers), held_layers[0].progress
+    memories = tuple(_in_type(held.memory, x.dtype) for held in held_layers)
+    return memories, held_layers[0].progress
 
 
 def store_memory(cache, memory, plan, output, input_ids, mask):
     """Write the memory after a call back into the cache.
 
-    output: B D, of each row's last token; input_ids: B T, or None if embeddings were read;
-    mask: B T, true at tokens, None if all are.
+    output: B T D; input_ids: B T, or None if embeddings were read; mask: B T, true at tokens, None
+    if all are.
     """
+    if cache.layers[0].record_past:
+        output = torch.cat((cache.layers[0].output, output.detach()), dim=1)[:, -RECENT:]
+    else:
+        output = output[:, -1:].detach().clone()  # a view would keep all of it
     recent = cache.layers[0].recent
     if input_ids is None:
         input_ids = recent.new_full((len(recent), plan.num_columns), UNKNOWN_ID)
@@ -405,6 +428,13 @@ def _refuse_other(cache, layers, x):
         )
     for i, (held, layer) in enumerate(zip(cache.layers, layers, strict=True)):
         refuse_foreign_layer(i, held.memory, layer.memory_shapes(for_generation=True), {})
+
+
+def _in_type(memory, dtype):
+    # A memory may have been read in another precision.
+    if all(tensor.dtype == dtype for tensor in memory):
+        return memory
+    return type(memory)(*(tensor.to(dtype) for tensor in memory))
 
 
 def _choose(rows, old, new):

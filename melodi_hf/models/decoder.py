@@ -36,13 +36,14 @@ from .attention import Temperature
 from .attention_map import AttentionMap, Columns
 from .cache import fetch_memory, store_memory
 from .configuration_decoder import DecoderConfig
-from .loss import causal_lm_loss, put_back, scored_columns, shifted, take
+from .loss import causal_lm_loss, hide_blind, put_back, scored_columns, shifted, take
 from .norm import RMSNorm
 from .position import RelativePosition
 from .refusals import (
     real_columns,
     refuse_bad_labels,
     refuse_bad_reset,
+    refuse_empty_rows,
     refuse_foreign_memory,
     refuse_infinite_weights,
     refuse_packed_rows,
@@ -256,6 +257,8 @@ class DecoderModel(DecoderPreTrainedModel):
         refuse_packed_rows(mask, **kwargs)
         plan = make_plan(before.progress, x.shape[1], mask, self.config.window_length)
         cache = past_key_values
+        if cache is not None and mask is not None and not cache.layers[0].knows_output:
+            refuse_empty_rows(mask)
         if cache is not None and cache.layers[0].record_past:
             plan.record()
         columns = None
@@ -269,8 +272,7 @@ class DecoderModel(DecoderPreTrainedModel):
         if mask is not None:
             x = carry_forward(x, mask, cache)
         if cache is not None:
-            last = x[:, -1].detach().clone()  # a view would keep all of x
-            store_memory(cache, after, plan, last, input_ids, mask)
+            store_memory(cache, after, plan, x, input_ids, mask)
         return DecoderOutput(
             last_hidden_state=self.norm(x),
             past_key_values=past_key_values,
@@ -372,6 +374,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             **kwargs,
         )
         hidden, targets = outputs.last_hidden_state, shifted(labels, shift_labels)
+        if targets is not None and past_key_values is None:
+            targets = hide_blind(targets, attention_mask)
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             columns = scored_columns(attention_mask, hidden, targets)
         else:
@@ -415,9 +419,9 @@ def carry_forward(x, mask, cache):
     comes next, wherever its padding lies. x: B T D; mask: B T."""
     columns = torch.arange(mask.shape[1], device=mask.device).masked_fill(~mask, -1)
     last = columns.cummax(dim=1).values[..., None]  # B T 1, -1 before the first token
-    before = torch.zeros_like(x[:, 0]) if cache is None else cache.layers[0].output.to(x.dtype)
+    before = torch.zeros_like(x[:, :1]) if cache is None else cache.layers[0].output[:, -1:]
     found = x.gather(1, last.clamp(min=0).expand_as(x))
-    return torch.where(last < 0, before[:, None], found)
+    return torch.where(last < 0, before.to(x.dtype), found)
 
 
 def detach(memory):

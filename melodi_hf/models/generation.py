@@ -5,9 +5,9 @@ model.continue_from(memory, question, max_new_tokens=50)    as often as you like
 """
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from .cache import RECENT, clone_cache
+from .cache import NOT_AN_ID, RECENT, UNKNOWN_ID, clone_cache
 from .reading import read_document
 
 
@@ -21,11 +21,12 @@ class MemoryGenerationMixin(GenerationMixin):
         refused with a `ValueError` (transformers would drop some of them): see `continue_from`."""
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         cache = kwargs.get("past_key_values")
+        refuse_impossible(self, args, kwargs)
         if ids is not None and cache is not None and kwargs.get("inputs_embeds") is None:
             refuse_lost_ids(cache, ids, kwargs.get("attention_mask"))
-        ending = ending_tokens(self, args, kwargs)
-        if ending is not None:
-            kwargs["ending"] = ending
+        if ends_row_by_row(self, args, kwargs):
+            rows = EndedRows(self, args, kwargs)
+            kwargs |= {"stopping_criteria": StoppingCriteriaList([rows]), "ended_rows": rows}
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def continue_from(self, memory, input_ids, attention_mask=None, **how):
@@ -36,8 +37,10 @@ class MemoryGenerationMixin(GenerationMixin):
         how: as for `generate`; with `return_dict_in_generate` the result's `past_key_values` is the
             memory after it all.
 
-        Returns what `generate` returns; sequences begin with input_ids.
+        Returns what `generate` returns; sequences begin with input_ids. Raises `ValueError` for
+        ids that are not B T, and whatever `generate` does.
         """
+        refuse_no_rows(input_ids)
         cache, rows = clone_cache(memory), len(input_ids)
         past = int(cache.get_seq_length())
         if past and cache.batch_size == 1 < rows:
@@ -47,22 +50,39 @@ class MemoryGenerationMixin(GenerationMixin):
             cache.batch_repeat_interleave(copies)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids "
+                f"{tuple(input_ids.shape)}: give the mask of the new ids alone"
+            )
         read = attention_mask.new_ones(rows, past)
         mask = torch.cat((read, attention_mask), dim=1)
+        how = {"use_cache": True} | how
         return self.generate(input_ids, attention_mask=mask, past_key_values=cache, **how)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, ending=None, **kwargs):
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, ended_rows=None, **kwargs
+    ):
         """As in transformers; what is put behind a row that has ended is padding, not read.
 
-        ending: the padding token and the tokens that end a row.
+        ended_rows: `EndedRows`, or None if rows do not end one by one.
         """
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, **kwargs
-        )
         cache, first = kwargs.get("past_key_values"), kwargs.get("is_first_iteration")
-        if ending is None or cache is None or first or inputs["input_ids"].shape[1] != 1:
+        if cache is not None and first and next_sequence_length is None and inputs_embeds is None:
+            # Assisted decoding gives all ids in the first step of a later turn.
+            past = int(cache.get_seq_length())
+            if past and goes_on_from(cache, input_ids, None):
+                next_sequence_length = input_ids.shape[1] - past
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        given = inputs.get("input_ids")
+        if ended_rows is None or cache is None or first or given is None or given.shape[1] != 1:
             return inputs
-        ended = rows_ended(input_ids, *ending)
+        ended = ended_rows.before_last(given)
         if cache.is_compileable or ended.any():  # a compiled graph has a mask always or never
             inputs["attention_mask"] = (~ended)[:, None]
         return inputs
@@ -75,53 +95,110 @@ class MemoryGenerationMixin(GenerationMixin):
         return attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
 
 
+class EndedRows(StoppingCriteria):
+    """Stops each row as the user's criteria do, and remembers which rows have ended.
+
+    Behind a row that has ended transformers puts padding; the token that ended it is still read.
+    """
+
+    def __init__(self, model, args, kwargs):
+        self.criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+        words = setting(model, kwargs, "stop_strings", args)
+        if words is not None and kwargs.get("tokenizer") is not None:
+            self.criteria.append(StopStringCriteria(kwargs["tokenizer"], words))
+        end = setting(model, kwargs, "eos_token_id", args)
+        self.end = [] if end is None else [end] if isinstance(end, int) else [int(i) for i in end]
+        self.ended = self.ended_before = None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        last = input_ids[:, -1]
+        stops = torch.zeros_like(last, dtype=torch.bool)
+        for criterion in self.criteria:
+            stops = stops | criterion(input_ids, scores, **kwargs)
+        self.ended_before = torch.zeros_like(stops) if self.ended is None else self.ended
+        self.ended = self.ended_before | stops
+        if self.end:
+            self.ended = self.ended | torch.isin(last, torch.tensor(self.end, device=last.device))
+        return stops
+
+    def before_last(self, ids):
+        """Rows that had ended before their last token, a mask (B,)."""
+        if self.ended_before is None:
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        return self.ended_before
+
+
+def refuse_impossible(model, args, kwargs):
+    """Refuse what would give other tokens than it seems to."""
+    has_memory = kwargs.get("past_key_values") is not None
+    if has_memory and not setting(model, kwargs, "use_cache", args):
+        raise ValueError(
+            "use_cache is False and past_key_values is given: each step would read everything "
+            "into it again; give one of them (use_cache=True goes on from the memory)"
+        )
+    if setting(model, kwargs, "assistant_early_exit", args) is not None:
+        raise ValueError(
+            "assistant_early_exit would share one memory between a model and its first layers: "
+            "give assistant_model or prompt_lookup_num_tokens"
+        )
+
+
+def refuse_no_rows(input_ids):
+    """New ids are rows and columns, at least one of each."""
+    is_tensor = isinstance(input_ids, torch.Tensor)
+    if not is_tensor or input_ids.dim() != 2 or input_ids.numel() == 0:
+        found = tuple(input_ids.shape) if is_tensor else type(input_ids).__name__
+        raise ValueError(f"input_ids are {found}: give a tensor of ids, rows and columns")
+
+
 def refuse_lost_ids(cache, input_ids, attention_mask):
     """Refuse ids that do not begin with what the memory has read, unless a mask as long as both
     says that they come after it."""
     past, columns = int(cache.get_seq_length()), input_ids.shape[1]
-    recent = getattr(cache.layers[0], "recent", None) if past else None
-    if recent is None or (attention_mask is not None and attention_mask.shape[1] == past + columns):
+    is_new = attention_mask is not None and attention_mask.shape[1] == past + columns
+    if past == 0 or is_new or goes_on_from(cache, input_ids, attention_mask):
         return
+    raise ValueError(
+        f"input_ids have {columns} columns and do not go on from the {past} columns that "
+        f"past_key_values has read: with new ids alone call "
+        f"model.continue_from(past_key_values, input_ids, ...); otherwise give all ids, those that "
+        f"were read first, with zeros in attention_mask where padding was"
+    )
+
+
+def goes_on_from(cache, input_ids, attention_mask):
+    """Whether ids begin with those that a memory has read, as far back as it knows them."""
+    past, recent = int(cache.get_seq_length()), getattr(cache.layers[0], "recent", None)
+    if input_ids.shape[1] <= past:
+        return False
+    if recent is None or len(recent) != len(input_ids):
+        return True  # refused elsewhere
     known = min(past, RECENT)
-    begins = columns > past
-    if begins and len(recent) == len(input_ids):  # a cache of other rows is refused elsewhere
-        recent, repeated = recent[:, RECENT - known :], input_ids[:, past - known : past]
-        begins = bool(((recent < 0) | (recent == repeated)).all())  # not padding, not embeddings
-    if not begins:
-        raise ValueError(
-            f"input_ids have {columns} columns and do not go on from the {past} columns that "
-            f"past_key_values has read: with new ids alone call "
-            f"model.continue_from(past_key_values, input_ids, ...); otherwise give all ids, those "
-            f"that were read first"
-        )
+    recent, ids = recent[:, RECENT - known :], input_ids[:, past - known : past]
+    padding = recent == NOT_AN_ID
+    same = padding | (recent == ids) | (recent <= UNKNOWN_ID)
+    if attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1]:
+        is_padding = attention_mask[:, past - known : past] == 0
+        same = same & ((is_padding == padding) | (recent < UNKNOWN_ID))
+    return bool(same.all())
 
 
-def setting(model, how, name):
+def setting(model, how, name, args=()):
     """A setting of generate(): an argument, or of the generation config."""
-    config = how.get("generation_config") or model.generation_config
-    value = how.get(name, getattr(config, name, None))
-    return 1 if value is None else value
+    config = how.get("generation_config") or (args[1] if len(args) > 1 else None)
+    value = how.get(name, getattr(config or model.generation_config, name, None))
+    return 1 if value is None and name.startswith("num_") else value
 
 
-def ending_tokens(model, args, kwargs):
-    """The padding token and the tokens that end a row, or None if rows do not end one by one."""
-    if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
-        return None
-    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    config = config or model.generation_config
-    end = kwargs.get("eos_token_id", config.eos_token_id)
-    if end is None:
-        return None
-    end = [end] if isinstance(end, int) else [int(token) for token in end]
-    pad = kwargs.get("pad_token_id", config.pad_token_id)
-    return end[0] if pad is None else int(pad), end
-
-
-def rows_ended(input_ids, pad, end):
-    """Rows that end in padding behind a token that ends a row, a mask (B,)."""
-    tail = input_ids[:, -RECENT:]
-    trailing = (tail == pad).long().flip(1).cumprod(1).sum(1)  # padding tokens at the end
-    before = tail.gather(1, (tail.shape[1] - 1 - trailing).clamp(min=0)[:, None])[:, 0]
-    is_end = torch.isin(before, torch.tensor(end, device=tail.device))
-    ended = (trailing > 0) & (is_end | (trailing == tail.shape[1]))
-    return ended | (trailing > 1) if pad in end else ended
+def ends_row_by_row(model, args, kwargs):
+    """Whether rows of this call may end at different steps, each at its own column."""
+    if kwargs.get("assistant_model") is not None or len(args) > 2:
+        return False
+    if setting(model, kwargs, "prompt_lookup_num_tokens", args):
+        return False
+    if setting(model, kwargs, "num_beams", args) > 1:
+        return False
+    ends = ("eos_token_id", "stop_strings")
+    return bool(kwargs.get("stopping_criteria")) or any(
+        setting(model, kwargs, name, args) is not None for name in ends
+    )

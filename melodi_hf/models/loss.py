@@ -73,6 +73,15 @@ def shifted(labels, shift_labels, ignore_index=-100):
     return shift_labels
 
 
+def hide_blind(targets, attention_mask, ignore_index=-100):
+    """Leave out the targets (B T) of padding before a row's first token, where nothing is known of
+    the row: the first token is predicted by nothing, wherever its row begins."""
+    if attention_mask is None:
+        return targets
+    mask = attention_mask[:, -targets.shape[1] :].to(targets.device)
+    return targets.masked_fill(mask.cumsum(1) == 0, ignore_index)
+
+
 def scored_columns(attention_mask, hidden, targets, ignore_index=-100):
     """Where logits are worth their cost: at tokens, at targets and in the last column, which says
     what comes next. A mask (B T), or None for all."""

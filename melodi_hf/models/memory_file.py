@@ -191,6 +191,8 @@ def load_memory_file(path, device=None, dtype: torch.dtype | None = None, model=
 
     Raises `FileNotFoundError`, and `ValueError` for whatever is not a whole memory file.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}: a memory is made of floating-point numbers")
     refuse_missing(path)
     try:
         with safe_open(path, "pt") as file:

@@ -23,6 +23,14 @@ def real_columns(attention_mask, x, cache):
             f"per token of this call, or {past + columns}, with the {past} that the memory has read"
         )
     mask = attention_mask[:, -columns:].bool()
+    if (
+        _is_free_to_look_at(attention_mask)
+        and not ((attention_mask == 0) | (attention_mask == 1)).all()
+    ):
+        raise ValueError(
+            "attention_mask holds numbers other than 0 and 1: give 1 at tokens and 0 at padding; "
+            "masks that are added to scores cannot be followed by a memory"
+        )
     return None if mask.all() else mask
 
 
@@ -50,8 +58,25 @@ def _refuse_packed(name, row, column):
     )
 
 
+def refuse_empty_rows(mask):
+    """After tokens were taken back, what comes next is known once a row has read another token."""
+    empty = (~mask).all(1)
+    if empty.any():
+        raise ValueError(
+            f"row {int(empty.nonzero()[0])} has nothing but padding right after crop(): give each "
+            f"row at least 1 token"
+        )
+
+
 def refuse_unknown_ids(input_ids, vocab_size):
     """Checked where it costs no synchronisation; a GPU stops with its own assertion."""
+    is_tensor = isinstance(input_ids, torch.Tensor)
+    if not is_tensor or input_ids.dtype not in (torch.int64, torch.int32):
+        found = input_ids.dtype if is_tensor else type(input_ids).__name__
+        raise ValueError(
+            f"input_ids are {found}: they must be a tensor of whole numbers, torch.long or "
+            f"torch.int (numbers with a fraction go into inputs_embeds)"
+        )
     if _is_free_to_look_at(input_ids):
         _refuse_unknown("input_ids", input_ids, vocab_size)
 

@@ -83,8 +83,11 @@ class Chunk:
             return cell(self, bias, memory, *parts)
         chosen = type(memory)(*(tensor.index_select(0, self.rows) for tensor in memory))
         output, new = cell(self, bias, chosen, *parts)
-        pairs = zip(memory, new, strict=True)
-        return output, type(memory)(*(put_rows(old, part, self.rows) for old, part in pairs))
+        fields = (
+            old if part is same else put_rows(old, part, self.rows)
+            for old, same, part in zip(memory, chosen, new, strict=True)
+        )
+        return output, type(memory)(*fields)
 
     def remember(self, memory):
         """The memory as a window is full and not closed yet, if anybody will come back to it."""
@@ -420,9 +423,11 @@ def _cut_rows(fill, have, window_length):
     heads = [min(n, window_length - p) if p or n < window_length else 0 for p, n in pairs]
     windows = [(n - head) // window_length for n, head in zip(have, heads, strict=True)]
     done = [head + k * window_length for head, k in zip(heads, windows, strict=True)]
-    first = [b for b, head in enumerate(heads) if head > 0]
-    if first or not any(have):
-        rows = first or list(range(len(have)))  # with nothing but padding: no tokens
+    # Rows that close a window apart from those that do not: closing costs more than a token.
+    closing = [b for b, head in enumerate(heads) if head > 0 and fill[b] + head == window_length]
+    others = [b for b, head in enumerate(heads) if head > 0 and fill[b] + head < window_length]
+    nothing = [] if any(have) else list(range(len(have)))  # but padding
+    for rows in filter(None, (closing, others, nothing)):
         yield rows, [0] * len(rows), [fill[b] for b in rows], [heads[b] for b in rows]
     for i in range(max(windows)):
         rows = [b for b, k in enumerate(windows) if k > i]
