@@ -167,8 +167,8 @@ class WindowMemoryLayer(CacheLayerMixin):
         unknown = self.recent.new_full((len(self.recent), removed), FORGOTTEN)
         self.recent = torch.cat((unknown, self.recent[:, :-removed]), dim=1)
         self.knows_output = removed < self.output.shape[1]
-        kept = self.output[:, :-removed] if self.knows_output else self.output[:, :1] * 0
-        self.output = kept
+        kept = self.output[:, :-removed]
+        self.output = kept if self.knows_output else torch.zeros_like(self.output[:, :1])
         self.columns -= removed
         self.croppable -= removed
 

@@ -373,34 +373,34 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             return_memory=return_memory,
             **kwargs,
         )
-        hidden, targets = outputs.last_hidden_state, shifted(labels, shift_labels)
+        targets = shifted(labels, shift_labels)
         if targets is not None and past_key_values is None:
             targets = hide_blind(targets, attention_mask)
-        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            columns = scored_columns(attention_mask, hidden, targets)
+        hidden, columns = outputs.last_hidden_state, None
+        if not isinstance(logits_to_keep, int):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep > 0:
+            hidden = hidden[:, -logits_to_keep:]
         else:
-            kept = logits_to_keep
-            hidden = hidden[:, slice(-kept, None) if isinstance(kept, int) else kept]
-            columns = None
-        logits = self.lm_head(self.dropout(take(hidden, columns)) * self.config.hidden_size**-0.5)
-        loss = None
-        if targets is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                shift_labels=take(targets, columns),
-                vocab_size=self.config.vocab_size,
-                **kwargs,
-            )
-        logits = put_back(logits, columns)
+            columns = scored_columns(attention_mask, hidden, targets)
+        loss, logits = self.score(take(hidden, columns), labels, take(targets, columns), **kwargs)
         return CausalLMOutput(
             loss=loss,
-            logits=logits,
+            logits=put_back(logits, columns),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             memory=outputs.memory,
         )
+
+    def score(self, hidden, labels, targets, **kwargs):
+        """hidden: B T D -> the loss, None without targets (B T), and logits, B T V."""
+        logits = self.lm_head(self.dropout(hidden) * self.config.hidden_size**-0.5)
+        if targets is None:
+            return None, logits
+        vocab_size = self.config.vocab_size
+        given = {"logits": logits, "labels": labels, "shift_labels": targets}
+        return self.loss_function(**given, vocab_size=vocab_size, **kwargs), logits
 
 
 def make_known(model, language_model):

@@ -96,7 +96,7 @@ def scored_columns(attention_mask, hidden, targets, ignore_index=-100):
 
 def take(x, columns):
     """B T ... -> 1 N ..., what lies in the N columns of a mask; as it is for None."""
-    return x if columns is None else x[columns.to(x.device)][None]
+    return x if x is None or columns is None else x[columns.to(x.device)][None]
 
 
 def put_back(x, columns):
