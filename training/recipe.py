@@ -34,9 +34,12 @@ class Data:
     """The documents."""
 
     source: str  # standard_library, files, or the name of a dataset on the Hub, owner/name
+    subset: str | None  # the configuration of the dataset on the Hub, such as en of allenai/c4
     files: tuple[str, ...]  # to train on
+    validation_files: tuple[str, ...]  # scored during training; read if evaluate_every is not 0
     test_files: tuple[str, ...]
     max_documents: int | None  # read for training; null: all
+    min_tokens: int  # shorter documents are left out; 0: none
     segment_length: int  # tokens of a document between two steps
 
 
@@ -65,6 +68,7 @@ class Training:
     gradient_checkpointing: bool
     log_every: int  # steps
     save_every: int  # steps
+    evaluate_every: int  # steps between scores of the validation documents; 0: none
     seed: int
 
 
@@ -102,15 +106,16 @@ class Recipe:
         """The model's configuration; what the recipe says goes before what the tokenizer says."""
         return make_config({**from_tokenizer, **self.model})
 
-    def documents(self, split: Literal["train", "test"]) -> Iterator[Document]:
+    def documents(self, split: Literal["train", "validation", "test"]) -> Iterator[Document]:
         """The documents of one split, from wherever the recipe says."""
         data, train = self.data, split == "train"
         limit = data.max_documents if train else self.evaluation.max_documents
-        if data.source == "standard_library":
-            return islice(standard_library_documents(split), limit)
+        if data.source == "standard_library":  # which is too small for a third part
+            return islice(standard_library_documents("train" if train else "test"), limit)
         if data.source == "files":
-            return read_documents(data.files if train else data.test_files, limit=limit)
-        return read_documents(name=data.source, split=split, limit=limit)
+            files = {"train": data.files, "validation": data.validation_files}
+            return read_documents(files.get(split, data.test_files), limit=limit)
+        return read_documents(name=data.source, config_name=data.subset, split=split, limit=limit)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -273,7 +278,10 @@ def check_together(recipe: Recipe) -> None:
 def check_files(recipe: Recipe) -> None:
     """Refuse a recipe whose files are not named or not there."""
     data = recipe.data
-    for key, files in {"files": data.files, "test_files": data.test_files}.items():
+    given = {"files": data.files, "test_files": data.test_files}
+    if data.validation_files or recipe.training.evaluate_every:
+        given["validation_files"] = data.validation_files
+    for key, files in given.items():
         if data.source == "files" and not files:
             raise ValueError(f"data.{key} names no file: add --set data.{key}=PATH")
         if data.source != "files" and files:
@@ -282,6 +290,11 @@ def check_files(recipe: Recipe) -> None:
         raise ValueError(
             f"data.source is {data.source!r}: it should be standard_library, files, "
             "or a dataset of the Hub, owner/name"
+        )
+    if data.subset is not None and data.source in ("files", "standard_library"):
+        raise ValueError(
+            f"data.subset is {data.subset!r}, but data.source is {data.source}: "
+            "only datasets of the Hub have subsets"
         )
     if recipe.tokenizer.path is not None and not Path(recipe.tokenizer.path).exists():
         raise ValueError(f"tokenizer.path is {recipe.tokenizer.path}, which does not exist")

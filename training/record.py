@@ -155,7 +155,7 @@ def of_record(results: dict[str, Any]) -> dict[str, Any]:
     """Results without the folders of one machine and without a passage of the documents."""
     recipe = json.loads(json.dumps(results["recipe"]))
     data, tokenizer = recipe["data"], recipe["tokenizer"]
-    for key in ("files", "test_files"):
+    for key in ("files", "validation_files", "test_files"):
         data[key] = [Path(name).name for name in data[key]]
     tokenizer["path"] = tokenizer["path"] and Path(tokenizer["path"]).name
     passage = {name: x for name, x in (results["continuation"] or {}).items() if name != "read"}

@@ -94,6 +94,9 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
         write_json(output / RECIPE, recipe.as_dict())
         tokenizer.save_pretrained(output)
     train_data = encode_documents(train_texts, tokenizer)
+    validation_data = None
+    if recipe.training.evaluate_every:
+        validation_data = encode_documents(recipe.documents("validation"), tokenizer)
     test_data = encode_documents(test_texts, tokenizer)
     print(f"{describe(train_data)} to train on, {describe(test_data)} to test on")
 
@@ -108,7 +111,7 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
     print(
         f"{model.num_parameters():,} parameters, {model.config.memory_floats():,} floats of memory"
     )
-    trainer = make_trainer(recipe, output, model, train_data)
+    trainer = make_trainer(recipe, output, model, train_data, validation_data)
     checkpoint = get_last_checkpoint(str(output)) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
@@ -149,7 +152,11 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
 
 
 def make_trainer(
-    recipe: Recipe, output: Path, model: PreTrainedModel, data: list[EncodedDocument]
+    recipe: Recipe,
+    output: Path,
+    model: PreTrainedModel,
+    data: list[EncodedDocument],
+    validation_data: list[EncodedDocument] | None = None,
 ) -> MemoryTrainer:
     """The Trainer on as many epochs of the documents as the steps need."""
     asked = recipe.training
@@ -157,6 +164,7 @@ def make_trainer(
         output_dir=str(output),
         max_steps=asked.steps,
         per_device_train_batch_size=asked.num_rows,
+        per_device_eval_batch_size=asked.num_rows,
         gradient_accumulation_steps=asked.gradient_accumulation_steps,
         learning_rate=asked.learning_rate,
         lr_scheduler_type="constant" if asked.schedule == "paper" else asked.schedule,
@@ -169,6 +177,8 @@ def make_trainer(
         logging_nan_inf_filter=False,  # a loss that is not a number stops the run
         save_steps=asked.save_every,
         save_total_limit=1,
+        eval_strategy="steps" if validation_data else "no",
+        eval_steps=asked.evaluate_every or None,
         include_num_input_tokens_seen="all",
         train_sampling_strategy="sequential",
         dataloader_drop_last=True,
@@ -196,6 +206,9 @@ def make_trainer(
         model,
         arguments,
         train_dataset=train_dataset,
+        eval_dataset=Segments(validation_data, **{**segments, "seed": None})
+        if validation_data
+        else None,
         optimizer_cls_and_kwargs=paper_optimizer(recipe)
         if asked.optimizer == "adafactor"
         else None,
