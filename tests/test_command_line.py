@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from record import keep
+from record import keep, of_record
 from train import main, make_parser
 
 from melodi_hf.trainer import MemoryTrainer
@@ -97,6 +97,37 @@ def test_run_leaves_what_it_promises(tiny, tmp_path, capsys):
     assert "holds a finished run, which is kept" in refused(tiny, capsys)
     main([*tiny, "--resume"])
     assert "nothing is left to resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "kept"),
+    [
+        (None, None),
+        ("google-t5/t5-base", "google-t5/t5-base"),
+        ("/home/me/books/tokenizer", "tokenizer"),
+        ("books/tokenizer", "tokenizer"),  # a folder that is there
+    ],
+)
+def test_what_is_kept_tells_which_tokenizer_of_the_hub(path, kept, tmp_path, monkeypatch):
+    (tmp_path / "books" / "tokenizer").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    data = {"files": [], "validation_files": [], "test_files": []}
+    recipe = {"data": data, "tokenizer": {"path": path}}
+    results = of_record({"recipe": recipe, "continuation": None})
+    assert results["recipe"]["tokenizer"]["path"] == kept
+
+
+def test_row_of_a_table_runs_into_a_folder_of_its_own(tiny, tmp_path, monkeypatch):
+    table = tmp_path / "table.yaml"
+    table.write_text(f"base: {QUICKSTART}\nrows:\n  shorter: {{training.steps: 3}}\n")
+    ran = []
+    monkeypatch.setattr("train.run", lambda *given: ran.append(given))
+    monkeypatch.chdir(tmp_path)
+    changes = [change for change in tiny[1:-2] if "training.steps" not in change]
+    main([f"{table}:shorter", *changes])
+    ((recipe, name, output, _, _),) = ran
+    assert (recipe.training.steps, name) == (3, "table_shorter")
+    assert output == Path("runs/table_shorter")
 
 
 def test_stopped_run_goes_on_when_asked(tiny, tmp_path, monkeypatch, capsys):

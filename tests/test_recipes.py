@@ -1,40 +1,43 @@
 """A recipe says everything that a run depends on, and nothing that nobody reads."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from recipe import check_files, load_recipe
+from recipe import check_files, load_recipe, recipes_of, run_name
 from transformers import AutoModelForCausalLM
 
-RECIPES = sorted((Path(__file__).parents[1] / "configuration").glob("*.yaml"))
-QUICKSTART = next(path for path in RECIPES if path.stem == "quickstart")
+from melodi_hf.data.text import Document
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configuration").rglob("*.yaml"))
+RECIPES = [name for file in FILES for name in recipes_of(file)]
+QUICKSTART = ROOT / "configuration" / "quickstart.yaml"
 
 
-@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
-def path(request):
-    return request.param
-
-
-def test_recipe_builds_its_model(path):
-    config = load_recipe(path).model_config()
+@pytest.mark.parametrize("name", RECIPES, ids=run_name)
+def test_recipe_builds_its_model(name):
+    recipe = load_recipe(name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(recipe.model_config())
     assert model.num_parameters() > 0
-
-
-def test_head_tells_command_cost_and_number(path):
-    head = path.read_text(encoding="utf-8").split("\nmodel:")[0]
-    assert f"python training/train.py configuration/{path.name}" in head
-    assert "minutes" in head
-    assert "Expect" in head
-
-
-def test_recipe_survives_json(path):
-    recipe = load_recipe(path)
     assert json.loads(json.dumps(recipe.as_dict()))["training"]["seed"] == recipe.training.seed
+
+
+def test_no_two_recipes_run_under_one_name():
+    assert len(set(map(run_name, RECIPES))) == len(RECIPES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_head_tells_command_cost_and_number(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    head = "\n".join(takewhile(lambda line: line.startswith("#"), lines))
+    assert f"#   python training/train.py {file.relative_to(ROOT).as_posix()}" in head
+    assert "minutes" in head or "hours" in head
+    assert "Expect" in head
 
 
 def test_values_are_those_of_the_file():
@@ -125,6 +128,8 @@ def test_recipe_that_is_not_there_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["data.source=owner/name", "data.files=a.txt"], "data.files is given, but data.source is"),
+        (["tokenizer.path=nowhere"], "a tokenizer of the Hub, owner/name"),
         (["data.source=files"], r"data.files names no file: add --set data.files=PATH"),
         (["data.files=a.txt"], "data.files is given, but data.source is standard_library"),
         (["data.source=pg19"], "owner/name"),
@@ -134,3 +139,107 @@ def test_recipe_that_is_not_there_is_refused():
 def test_files_that_are_not_named_or_not_there_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         check_files(load_recipe(QUICKSTART, changes))
+
+
+def test_tokenizer_of_the_hub_may_be_named():
+    check_files(load_recipe(QUICKSTART, ["tokenizer.path=google-t5/t5-base"]))
+
+
+def test_documents_of_c4_are_tested_on_its_validation_split(monkeypatch):
+    asked = []
+
+    def read_documents(**given):
+        asked.append((given["name"], given["config_name"], given["split"]))
+        return iter([Document("a", "text")])
+
+    monkeypatch.setattr("recipe.read_documents", read_documents)
+    for source in ("allenai/c4", "emozilla/pg19"):
+        recipe = load_recipe(QUICKSTART, [f"data.source={source}", "data.subset=en"])
+        for split in ("train", "validation", "test"):
+            list(recipe.documents(split))
+    assert asked == [
+        ("allenai/c4", "en", "train"),
+        ("allenai/c4", "en", "validation"),
+        ("allenai/c4", "en", "validation"),
+        ("emozilla/pg19", "en", "train"),
+        ("emozilla/pg19", "en", "validation"),
+        ("emozilla/pg19", "en", "test"),
+    ]
+
+
+# Tables
+
+
+ROWS = {
+    "as_it_is": {},
+    "without_long_memory": {"model.long_memory_layers": [], "expect.perplexity": 27.5},
+}
+
+
+def write_table(folder, base=QUICKSTART, rows=ROWS, **others):
+    path = folder / "table.yaml"
+    path.write_text(yaml.safe_dump({"base": str(base), "rows": rows, **others}))
+    return path
+
+
+def test_row_is_its_base_with_its_own_keys(tmp_path):
+    table = write_table(tmp_path)
+    assert recipes_of(table) == [f"{table}:as_it_is", f"{table}:without_long_memory"]
+    base = load_recipe(QUICKSTART).as_dict()
+    assert load_recipe(f"{table}:as_it_is").as_dict() == base
+    row = load_recipe(f"{table}:without_long_memory").as_dict()
+    assert row["model"].pop("long_memory_layers") == []
+    assert row["expect"].pop("perplexity") == 27.5
+    del base["model"]["long_memory_layers"], base["expect"]["perplexity"]
+    assert row == base
+
+
+def test_set_goes_before_the_row(tmp_path):
+    name = f"{write_table(tmp_path)}:without_long_memory"
+    recipe = load_recipe(name, ["model.long_memory_layers=[2]", "training.seed=5"])
+    assert list(recipe.model_config().long_memory_layers) == [2]
+    assert (recipe.training.seed, recipe.expect.perplexity) == (5, 27.5)
+
+
+def test_base_is_looked_for_beside_the_table(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "a.yaml").write_text(QUICKSTART.read_text())
+    assert load_recipe(f"{write_table(tmp_path, 'recipes/a.yaml')}:as_it_is").training.steps == 800
+
+
+def test_rows_run_under_names_of_their_own():
+    assert run_name("configuration/quickstart.yaml") == "quickstart"
+    assert run_name(Path("configuration/ablations.yaml:S8_L0")) == "ablations_S8_L0"
+
+
+@pytest.mark.parametrize(
+    ("given", "row", "message"),
+    [
+        ({}, ":without_long_memroy", "no row 'without_long_memroy'.*:without_long_memory"),
+        ({}, "", "is a table: name one of its rows, .*:as_it_is, .*:without_long_memory"),
+        ({}, ":", "is a table: name one of its rows"),
+        ({"basis": 1}, ":as_it_is", "has no key 'basis': did you mean 'base'"),
+        ({"base": "missing.yaml"}, ":as_it_is", "there is no recipe .*missing.yaml"),
+        ({"base": "table.yaml"}, ":as_it_is", "the base of .* is a table, table.yaml"),
+        ({"rows": ["a"]}, ":a", "should hold rows, each {section.key: value}"),
+        ({"rows": {"a": None}}, ":a", "should hold rows, each {section.key: value}"),
+        ({"rows": {"a": {"steps": 1}}}, ":a", "row a: write section.key"),
+        ({"rows": {"a": {"trains.steps": 1}}}, ":a", "row a: .* did you mean 'training'"),
+        ({"rows": {"a": {"training.step": 1}}}, ":a", "did you mean 'steps'"),
+    ],
+)
+def test_tables_and_rows_that_cannot_be_read_are_refused(tmp_path, given, row, message):
+    table = write_table(tmp_path, **given)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(f"{table}{row}")
+
+
+def test_recipe_has_no_rows():
+    with pytest.raises(ValueError, match="is a recipe, not a table: leave out :S8_L0"):
+        load_recipe(f"{QUICKSTART}:S8_L0")
+
+
+def test_recipe_that_is_nearly_there_is_named(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=r"there are configuration/quickstart\.yaml"):
+        load_recipe("configuration/quikstart.yaml")

@@ -10,6 +10,12 @@
 Nothing has a default here but the model's fields: a key that is missing is refused like one that is
 unknown, so that the file alone tells what was run. All of it is checked when the file is read,
 before any work is done, and what is wrong raises `ValueError`.
+
+Experiments that differ in a few keys are rows of a table, another kind of file, and each of them is
+a recipe too, `table.yaml:row`:
+
+    base        the file of a recipe, seen from the table
+    rows        the name of each row, and the keys in which it differs: {section.key: value}
 """
 
 import re
@@ -27,6 +33,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 import melodi_hf  # noqa: F401  (makes our models known to CONFIG_MAPPING)
 from melodi_hf.data.text import Document, read_documents, standard_library_documents
+
+WITHOUT_TEST_SPLIT = ("allenai/c4",)  # on the Hub; scored on their validation documents
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Data:
 class Tokenizer:
     """Loaded, or trained as byte-level BPE on the training documents."""
 
-    path: str | None  # null: trained
+    path: str | None  # a folder, or the name of one on the Hub, owner/name; null: trained
     vocab_size: int  # of the one that is trained
 
 
@@ -115,6 +123,8 @@ class Recipe:
         if data.source == "files":
             files = {"train": data.files, "validation": data.validation_files}
             return read_documents(files.get(split, data.test_files), limit=limit)
+        if split == "test" and data.source in WITHOUT_TEST_SPLIT:
+            split = "validation"
         return read_documents(name=data.source, config_name=data.subset, split=split, limit=limit)
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,6 +139,8 @@ SECTIONS = {
     "expect": Expect,
 }
 NAMES = ["model", *SECTIONS]
+BASE, ROWS = "base", "rows"  # the keys of a table
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 
 
 class Loader(yaml.SafeLoader):
@@ -147,25 +159,87 @@ Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `section.key=value` changes to it."""
-    path = Path(path)
-    if not path.is_file():
-        near = ", ".join(sorted(str(p) for p in Path("configuration").glob("*.yaml")))
-        raise ValueError(f"there is no recipe {path}" + (f"; there are {near}" if near else ""))
-    given = parse(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} should hold sections: {', '.join(NAMES)}")
+def load_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, or a row of a table as `table.yaml:row`, and apply `section.key=value` changes
+    to it."""
+    given = read_sections(name)
     for change in changes:
         apply_change(given, change)
     check_keys(given, NAMES, "the recipe")
-    for name, value in given.items():
+    for section, value in given.items():
         if not isinstance(value, dict):
-            raise ValueError(f"{name} should be a section with keys of its own, not {value!r}")
-    sections = {name: read_section(kind, given[name], name) for name, kind in SECTIONS.items()}
+            raise ValueError(f"{section} should be a section with keys of its own, not {value!r}")
+    sections = {key: read_section(kind, given[key], key) for key, kind in SECTIONS.items()}
     recipe = Recipe(model=check_model(given["model"]), **sections)
     check_together(recipe)
     return recipe
+
+
+def split_name(name: str | Path) -> tuple[Path, str]:
+    """The file and the row of `table.yaml:row`; a recipe of its own has none."""
+    file, suffix, row = str(name).rpartition(".yaml:")
+    return (Path(f"{file}.yaml"), row) if suffix else (Path(name), "")
+
+
+def run_name(name: str | Path) -> str:
+    """What a run of this recipe is called: no other recipe or row has the same."""
+    file, row = split_name(name)
+    return f"{file.stem}_{row}" if row else file.stem
+
+
+def recipes_of(file: Path) -> list[str]:
+    """What `load_recipe` finds in a file: the file itself, or every row of a table."""
+    given = read_file(file)
+    return [f"{file}:{row}" for row in given[ROWS]] if ROWS in given else [str(file)]
+
+
+def read_sections(name: str | Path) -> dict[str, Any]:
+    """The sections of a recipe, unchecked; those of a row are its base's, with its own keys."""
+    file, row = split_name(name)
+    given = read_file(file)
+    if ROWS not in given:
+        if row:
+            raise ValueError(f"{file} is a recipe, not a table: leave out :{row}")
+        return given
+    changes = changes_of_row(given, file, row)
+    base = read_file(file.parent / str(given[BASE]))
+    if ROWS in base:
+        raise ValueError(f"the base of {file} is a table, {given[BASE]}: name a recipe")
+    for key, value in changes.items():
+        set_key(base, str(key), value, f"{file}, row {row}")
+    return base
+
+
+def changes_of_row(table: dict[str, Any], file: Path, row: str) -> dict[str, Any]:
+    """The keys in which a row differs; what is no table or has no such row is refused."""
+    check_keys(table, [BASE, ROWS], f"the table {file}")
+    rows = table[ROWS]
+    if not isinstance(rows, dict) or not all(isinstance(keys, dict) for keys in rows.values()):
+        raise ValueError(f"{file}: {ROWS} should hold rows, each {{section.key: value}}")
+    if row in rows:
+        return rows[row]
+    near = get_close_matches(row, map(str, rows), n=3) or [str(known) for known in rows]
+    problem = f"has no row {row!r}" if row else "is a table"
+    raise ValueError(
+        f"{file} {problem}: name one of its rows, {listed(f'{file}:{x}' for x in near)}"
+    )
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        known = sorted(map(str, Path("configuration").rglob("*.yaml")))
+        near = listed(get_close_matches(str(file), known, n=3) or known)
+        raise ValueError(f"there is no recipe {file}" + (f"; there are {near}" if near else ""))
+    given = parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(given, dict):
+        raise ValueError(f"{file} should hold sections: {', '.join(NAMES)}")
+    return given
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first few of many names."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def parse(text: str, where: str) -> Any:
@@ -178,12 +252,18 @@ def parse(text: str, where: str) -> Any:
 def apply_change(given: dict[str, Any], change: str) -> None:
     """Set one key of the recipe; the value is YAML."""
     key, equals, value = change.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not (equals and dot and name):
+    if not equals:
         raise ValueError(f"--set {change}: write section.key=value, such as training.steps=100")
-    check_keys([section], NAMES, f"--set {change}: the recipe", complete=False)
+    set_key(given, key.strip(), parse(value, f"--set {change}"), f"--set {change}")
+
+
+def set_key(given: dict[str, Any], key: str, value: Any, where: str) -> None:
+    section, dot, name = key.partition(".")
+    if not (dot and name):
+        raise ValueError(f"{where}: write section.key=value, such as training.steps=100")
+    check_keys([section], NAMES, f"{where}: the recipe", complete=False)
     if isinstance(given.setdefault(section, {}), dict):
-        given[section][name] = parse(value, f"--set {change}")
+        given[section][name] = value
 
 
 def check_keys(given: Iterable[str], allowed: Sequence[str], where: str, complete=True) -> None:
@@ -275,6 +355,11 @@ def check_together(recipe: Recipe) -> None:
         )
 
 
+def is_on_hub(name: str) -> bool:
+    """Whether a name is owner/name, and not a folder that is here."""
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
 def check_files(recipe: Recipe) -> None:
     """Refuse a recipe whose files are not named or not there."""
     data = recipe.data
@@ -296,5 +381,9 @@ def check_files(recipe: Recipe) -> None:
             f"data.subset is {data.subset!r}, but data.source is {data.source}: "
             "only datasets of the Hub have subsets"
         )
-    if recipe.tokenizer.path is not None and not Path(recipe.tokenizer.path).exists():
-        raise ValueError(f"tokenizer.path is {recipe.tokenizer.path}, which does not exist")
+    path = recipe.tokenizer.path
+    if path is not None and not (Path(path).exists() or is_on_hub(path)):
+        raise ValueError(
+            f"tokenizer.path is {path}, which does not exist: "
+            "name a folder, or a tokenizer of the Hub, owner/name"
+        )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipe import Recipe
+from recipe import Recipe, is_on_hub
 from transformers import AutoModelForCausalLM
 
 from melodi_hf.data.tokens import EncodedDocument
@@ -157,7 +157,8 @@ def of_record(results: dict[str, Any]) -> dict[str, Any]:
     data, tokenizer = recipe["data"], recipe["tokenizer"]
     for key in ("files", "validation_files", "test_files"):
         data[key] = [Path(name).name for name in data[key]]
-    tokenizer["path"] = tokenizer["path"] and Path(tokenizer["path"]).name
+    if tokenizer["path"] and not is_on_hub(tokenizer["path"]):
+        tokenizer["path"] = Path(tokenizer["path"]).name
     passage = {name: x for name, x in (results["continuation"] or {}).items() if name != "read"}
     return {**results, "recipe": recipe, "continuation": passage or None}
 

@@ -21,7 +21,7 @@ from typing import Any
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
 
 import torch
-from recipe import Recipe, check_files, load_recipe
+from recipe import Recipe, check_files, load_recipe, run_name
 from record import (
     RECIPE,
     RESULTS,
@@ -54,7 +54,7 @@ QUOTED_TOKENS = 200  # of what was read, shown before its continuation
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a model as its recipe says.")
-    parser.add_argument("recipe", type=Path, help="a file such as configuration/quickstart.yaml")
+    parser.add_argument("recipe", help="such as configuration/quickstart.yaml, or table.yaml:row")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe"
     )
@@ -66,7 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
-    output = options.output or Path("runs") / options.recipe.stem
+    name = run_name(options.recipe)
+    output = options.output or Path("runs") / name
     try:
         recipe = load_recipe(options.recipe, options.set)
         check_files(recipe)
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if is_finished(output):
         print(f"{output / RESULTS} is there: the run is finished, nothing is left to resume")
     else:
-        run(recipe, options.recipe.stem, output, tokenizer, options.resume)
+        run(recipe, name, output, tokenizer, options.resume)
 
 
 def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -> None:
