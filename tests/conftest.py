@@ -12,6 +12,12 @@ from .models import MELODIS, SYSTEMS, build
 torch.set_num_threads(1)  # the tensors are tiny, and sums keep their order
 
 
+@pytest.fixture(autouse=True, scope="session")
+def prepared_documents(tmp_path_factory):
+    """Documents are prepared in a folder of these tests, also by the programs that they start."""
+    os.environ["MELODI_HF_CACHE"] = str(tmp_path_factory.mktemp("prepared"))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

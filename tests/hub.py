@@ -70,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
+        # Datasets are stored like models, and asked for by the same words behind another.
+        path = path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets")
         self.server.hub.requests.append((path, body))
         method = "GET" if self.command == "HEAD" else self.command
         matches = ((re.fullmatch(route, f"{method} {path}"), answer) for route, answer in ROUTES)

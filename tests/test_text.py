@@ -1,4 +1,4 @@
-"""Documents are read whole, in a fixed order, from every source, and bad sources are refused."""
+"""Documents are read whole, in a fixed order, from every source; what is none is told."""
 
 import gzip
 import json
@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from melodi_hf.data import text
+from melodi_hf.data import rows, text
+from melodi_hf.data.report import Report
 from melodi_hf.data.text import Document, read_documents, standard_library_documents
 
 RECORDS = [
@@ -38,11 +39,11 @@ def test_json_lines(folder, name):
 
 def test_several_files_and_globs_follow_one_another(folder):
     one = list(read_documents(folder / "books.jsonl"))
-    by_list = list(read_documents([folder / "books.jsonl", str(folder / "books.jsonl.gz")]))
-    assert [document.text for document in by_list] == TEXTS + TEXTS
-    assert list(read_documents(str(folder / "*.jsonl*"))) == by_list
-    assert by_list[:3] == one
-    assert by_list[5].id == "5"  # the running number goes on, so it names one document
+    by_list, report = read(read_documents([folder / "books.jsonl", str(folder / "books.jsonl.gz")]))
+    # What has a name is known by it; the running number goes on, so it names one document.
+    assert by_list == [*one, Document("5", TEXTS[2])]
+    assert report.places == {"repeated": ["books.jsonl.gz, line 1", "books.jsonl.gz, line 2"]}
+    assert read(read_documents(str(folder / "*.jsonl*")))[0] == by_list
 
 
 def test_split_selects_rows_of_files(folder):
@@ -188,43 +189,186 @@ def test_hub_dataset_needs_a_split():
         read_documents(name="allenai/c4")
 
 
-# What is refused while reading
+# What is left out, and told
+
+
+def read(source):
+    """The documents of a source and what is told of the others."""
+    report = Report()
+    return list(source.documents(report)), report
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "kind", "place"),
     [
-        ('{"text": "x"}\n{"text": ', r"books\.jsonl, line 2 is not JSON"),
-        ('{"text": "x"}\n\n["x"]', r"books\.jsonl, line 3 holds a list"),
-        ('{"id": "k", "body": "x"}', r"line 1 has no field 'text', only \['body', 'id'\]"),
-        ('{"id": "k", "text": " \\n"}', r"document 'k' \(.*line 1\) is empty"),
-        ('{"id": "k", "text": 3}', r"document 'k' .* must be a string, got int"),
-        ("\n\n", "holds no documents"),
-        ("", "holds no documents"),
+        (b'{"text": ', "not JSON", "line 2"),
+        (b"[" * 100_000, "not JSON", "line 2"),
+        (b'\n["x"]', "not a JSON object", "line 3"),
+        (b'{"id": "k", "body": "x"}', "without the field 'text'", "line 2"),
+        (b'{"id": "k", "text": " \\n"}', "empty", "line 2"),
+        (b'{"id": "k", "text": 3}', "with a text that is no string", "line 2"),
+        (b'{"id": "k", "text": null}', "with a text that is no string", "line 2"),
+        (b'{"text": "na\xefve"}', "not UTF-8", "line 2"),
+        (b'{"text": "half \\ud83d"}', "not UTF-8", "line 2"),
+        (b'{"id": "a", "text": "first"}', "repeated", "line 2"),
     ],
+    ids=lambda value: str(value)[:20],
 )
-def test_bad_json_lines_are_refused(tmp_path, content, message):
-    (tmp_path / "books.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        list(read_documents(tmp_path / "books.jsonl"))
+def test_bad_lines_are_left_out_and_told(tmp_path, content, kind, place):
+    path = tmp_path / "books.jsonl"
+    path.write_bytes(b'{"id": "a", "text": "first"}\n' + content + b'\n{"id": "z", "text": "last"}')
+    found, report = read(read_documents(path))
+    assert found == [Document("a", "first"), Document("z", "last")]
+    assert list(report.counts) == [kind]
+    assert report.places[kind][0] == f"books.jsonl, {place}"
+    with pytest.warns(UserWarning, match=f"left out: .*{kind} .*{place}"):
+        assert list(read_documents(path)) == found
 
 
-def test_other_bad_files_are_refused(tmp_path, folder):
+def test_report_counts_all_and_names_the_first(tmp_path):
+    (tmp_path / "books.jsonl").write_text('{"text": ""}\n' * 5 + "{\n" + '{"text": "x"}\n')
+    _, report = read(read_documents(tmp_path / "books.jsonl"))
+    assert str(report) == (
+        "6 left out: 5 empty (books.jsonl, line 1; books.jsonl, line 2; books.jsonl, line 3; ...), "
+        "1 not JSON (books.jsonl, line 6)"
+    )
+    assert str(Report(json.loads(json.dumps(report.as_dict())))) == str(report)
+    assert not Report()
+    assert str(Report()) == "nothing left out"
+
+
+def test_an_id_names_one_text(tmp_path):
+    pairs = [("a", "x"), ("a", "y"), ("a", "x"), ("a", "z"), ("a", "y"), ("a (2)", "w")]
+    lines = [json.dumps({"id": name, "text": body}) for name, body in pairs]
+    (tmp_path / "books.jsonl").write_text("\n".join(lines))
+    found, report = read(read_documents(tmp_path / "books.jsonl"))
+    assert found == [("a", "x"), ("a (2)", "y"), ("a (3)", "z"), ("a (2) (2)", "w")]
+    assert report.counts == {"renamed": 3, "repeated": 2}
+    assert str(report).startswith(
+        "2 left out: 2 repeated (books.jsonl, line 3; books.jsonl, line 5)"
+    )
+    assert "; 3 renamed (books.jsonl, line 2;" in str(report)
+
+
+def test_other_encodings_are_left_out(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "latin.py").write_bytes(b"# coding: latin-1\n# na\xefve")
+    (tmp_path / "unknown.py").write_bytes(b"# coding: klingon\n")
+    found, report = read(read_documents([tmp_path, *sorted(tmp_path.glob("*.py"))]))
+    assert found == [("good.txt", "good"), ("latin.py", "# coding: latin-1\n# na\xefve")]
+    assert report.places == {"empty": ["empty.txt"], "not UTF-8": ["latin.txt", "unknown.py"]}
+
+
+@pytest.mark.parametrize("damage", ["cut", "checksum", "no gzip", "no parquet"])
+def test_damaged_file_is_read_up_to_there_and_the_next_is_read(tmp_path, damage):
+    lines = [json.dumps({"id": str(n), "text": f"{n} " * 40_000}) for n in range(9)]
+    whole = gzip.compress("\n".join(lines).encode())
+    contents = {
+        "cut": whole[:-200],
+        "checksum": whole[:-8] + bytes(8),
+        "no gzip": b"not compressed",
+        "no parquet": b"PAR1 not a table",
+    }
+    name = "1.parquet" if damage == "no parquet" else "1.jsonl.gz"
+    (tmp_path / name).write_bytes(contents[damage])
+    (tmp_path / "2.jsonl").write_text('{"id": "z", "text": "last"}')
+    found, report = read(read_documents([tmp_path / name, tmp_path / "2.jsonl"]))
+    ids = [document.id for document in found]
+    assert len(ids) > {"cut": 6, "checksum": 8}.get(damage, 0)
+    assert ids == [*map(str, range(len(ids) - 1)), "z"]
+    assert list(report.counts) == ["damaged there or before"]
+    (place,) = report.places["damaged there or before"]
+    assert place.split()[-1] == str(len(ids))  # the line behind the last that could be read
+
+
+def test_bad_rows_and_files_of_a_dataset(tmp_path, caplog):
+    """Through `datasets`: a text that is not UTF-8, a damaged file, and a good one behind it."""
+    pytest.importorskip("datasets")
+    import pyarrow
+
+    text = pyarrow.array(["aa", "bb", "cc"]).buffers()[1]
+    bad = pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, text, pyarrow.py_buffer(b"aa\xffbcc")]
+    )
+    table = pyarrow.table({"id": ["x", "y", "z"], "text": bad})
+    pyarrow.parquet.write_table(table, tmp_path / "train-0.parquet")
+    (tmp_path / "train-1.parquet").write_bytes(b"PAR1 not a table")
+    write_parquet(tmp_path / "train-2.parquet", [{"id": "last", "text": "x"}])
+    found, report = read(read_documents(name=str(tmp_path), split="train"))
+    assert found == [("x", "aa"), ("z", "cc"), ("last", "x")]
+    assert report.places == {
+        "not UTF-8": [f"{tmp_path}, file 0, row 2"],
+        "damaged there or before": [f"{tmp_path}, file 1, row 1"],
+    }
+
+
+def test_a_broken_connection_is_no_damage(monkeypatch):
+    """What the network does not bring today is not left out of the corpus."""
+
+    class Broken:
+        num_shards = 1
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: self
+
+        def __iter__(self):
+            raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(rows, "load_dataset", lambda *args, **kwargs: Broken())
+    with pytest.raises(ConnectionError, match="reset by peer"):
+        list(read_documents(name="allenai/c4", split="train"))
+
+
+def test_no_document_left_is_refused(tmp_path, folder):
+    path = tmp_path / "empty.jsonl"
+    for content in ("", "\n\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"empty\.jsonl holds no documents; name a source"):
+            list(read_documents(path))
+    path.write_text('{"text": ""}\n{"body": "x"}')
+    with pytest.raises(ValueError, match=r"2 left out: 1 empty .* the text as text_field"):
+        list(read_documents(path))
     with pytest.raises(ValueError, match="with the split 'dev' holds no documents"):
         list(read_documents(folder / "books.jsonl", split="dev"))
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "na\xefve"}')
-    with pytest.raises(ValueError, match=r"latin\.jsonl, line 1 is not JSON"):
-        list(read_documents(tmp_path / "latin.jsonl"))
-    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
-        list(read_documents(tmp_path / "latin.txt"))
-    (tmp_path / "empty.txt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"document 'empty\.txt' .* is empty"):
-        list(read_documents(tmp_path / "empty.txt"))
-    cut = (folder / "books.jsonl.gz").read_bytes()[:-12]
-    (tmp_path / "cut.jsonl.gz").write_bytes(cut)
-    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz is damaged after line"):
-        list(read_documents(tmp_path / "cut.jsonl.gz"))
+
+
+def test_documents_of_fewer_bytes_than_tokens_are_left_out(tmp_path):
+    (tmp_path / "books.jsonl").write_text(
+        '{"text": "1234567"}\n{"text": "\u00e9\u00e9\u00e9\u00e9"}'
+    )
+    found, report = read(read_documents(tmp_path / "books.jsonl", min_tokens=8))
+    assert found == [("1", "éééé")]
+    assert report.places == {"shorter than 8 tokens": ["books.jsonl, line 1"]}
+    with pytest.raises(ValueError, match="min_tokens must be 0 or more, got -1"):
+        read_documents(tmp_path / "books.jsonl", min_tokens=-1)
+
+
+# Reading on
+
+
+def test_reading_goes_on_from_any_place(folder, tmp_path):
+    pytest.importorskip("datasets")
+    (folder / "c.txt").write_text("plain")
+    write_parquet(folder / "d.parquet", PG19)
+    with (folder / "books.jsonl").open("a") as file:
+        file.write('{"text": ""}\n{"text": "behind an empty one"}\n\n')
+    files = [folder / name for name in ("books.jsonl", "c.txt", "books.jsonl.gz", "d.parquet")]
+    (tmp_path / "hub").mkdir()
+    for number in range(3):
+        write_parquet(tmp_path / "hub" / f"train-{number}.parquet", [{"text": "x"}] * 3)
+    for source in (
+        read_documents(files),
+        read_documents(name=str(tmp_path / "hub"), split="train"),
+    ):
+        whole = list(source.read(Report()))
+        assert len(whole) in (10, 9)
+        for number, found in enumerate(whole, start=1):
+            assert list(source.read(Report(), found.position)) == whole[number:]
+
+
+# Datasets that are not there
 
 
 def test_dataset_read_by_a_script_names_its_copy(monkeypatch):
@@ -235,14 +379,14 @@ def test_dataset_read_by_a_script_names_its_copy(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match="emozilla/pg19"):
-        read_documents(name="deepmind/pg19", split="test")
+        list(read_documents(name="deepmind/pg19", split="test"))
 
 
 def test_without_datasets_all_but_the_hub_works(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(list(read_documents(folder / "books.jsonl"))) == 3
     with pytest.raises(ImportError, match="pip install datasets"):
-        read_documents(name="allenai/c4", split="train")
+        list(read_documents(name="allenai/c4", split="train"))
 
 
 def test_importing_the_data_package_does_not_import_datasets():

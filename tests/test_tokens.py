@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from melodi_hf.data import tokens
+from melodi_hf.data.report import Report
 from melodi_hf.data.text import Document, standard_library_documents
 from melodi_hf.data.tokens import (
     convert_sentencepiece,
@@ -95,7 +96,7 @@ def trained():
 
 
 def encode(tokenizer, texts):
-    return tokens.batch_encoder(tokenizer)(texts)
+    return list(tokens.batch_encoder(tokenizer)(texts))
 
 
 def pieces_of_corpus(seed, count):
@@ -283,9 +284,27 @@ def test_a_tokenizer_written_in_python_encodes_too():
     assert found.ids.tolist() == [byte + 3 for byte in text.encode()]
 
 
-def test_encoding_refuses_documents_without_ids(tmp_path, trained):
+def test_documents_without_ids_are_left_out_and_told(tmp_path, trained):
     path = train_sentencepiece(tmp_path / "strict.model", remove_extra_whitespaces=True)
-    with pytest.raises(ValueError, match="document 'blank' gives no ids"):
-        encode_documents([Document("blank", " \u200b\n ")], convert_sentencepiece(path))
-    with pytest.raises(ValueError, match="no documents to encode"):
+    tokenizer = convert_sentencepiece(path)
+    blank, full = Document("blank", " \u200b\n "), Document("full", "a river")
+    told = r"1 left out: 1 without tokens \(document 'blank'\)"
+    with pytest.warns(UserWarning, match=told):
+        found = encode_documents([blank, full], tokenizer)
+    assert [document.id for document in found] == ["full"]
+    report = Report()
+    assert len(encode_documents([blank, full], tokenizer, report=report)) == 1  # and no warning
+    assert report.counts == {"without tokens": 1}
+    with pytest.raises(ValueError, match=rf"no documents to encode \({told}\)"):
+        encode_documents([blank], tokenizer)
+    with pytest.raises(ValueError, match="no documents to encode; give"):
         encode_documents([], trained)
+
+
+def test_only_the_beginning_of_a_large_corpus_trains_a_tokenizer(trained, monkeypatch):
+    documents = library(4)
+    monkeypatch.setattr(tokens, "TRAINING_CHARACTERS", sum(len(d.text) for d in documents[:3]))
+    read = iter(documents)
+    again = train_tokenizer(read, vocab_size=400, progress=False)
+    assert again.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+    assert list(read) == documents[3:]

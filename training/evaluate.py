@@ -15,8 +15,10 @@ from pathlib import Path
 # Threads that wait soon give their core away: beside another program, spinning costs tenfold.
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
 
-from melodi_hf.data.text import Document, read_documents, standard_library_documents
-from melodi_hf.data.tokens import encode_documents
+from documents import describe
+
+from melodi_hf.data.prepared import prepare_documents
+from melodi_hf.data.text import Source, read_documents, standard_library_documents
 from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
 from melodi_hf.evaluation.perplexity import READERS, evaluate_perplexity
 from melodi_hf.evaluation.tables import evaluation_table, position_table
@@ -35,18 +37,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read(options: argparse.Namespace) -> list[Document]:
-    files = options.data
-    documents = read_documents(files=files) if files else standard_library_documents("test")
-    return list(documents)[: options.limit_documents]
+def source(options: argparse.Namespace) -> Source:
+    files, limit = options.data, options.limit_documents
+    if files:
+        return read_documents(files, limit=limit)
+    return standard_library_documents("test", limit=limit)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     tokenizer = load_its_tokenizer(model, options.tokenizer or options.model)
+    documents = prepare_documents(source(options), tokenizer)
+    print(describe(documents, "score"), end="\n\n")
     evaluation = evaluate_perplexity(
         model,
-        encode_documents(read(options), tokenizer),
+        documents,
         start_id=tokenizer.eos_token_id,  # eos begins every document
         settings=options.settings,
         segment_windows=options.segment_windows,
@@ -54,7 +59,8 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     print(evaluation_table(evaluation), position_table(evaluation), sep="\n\n")
     if options.output is not None:
-        options.output.write_text(json.dumps(evaluation, indent=1) + "\n")
+        results = {**evaluation, "data": documents.as_dict()}
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,10 +19,9 @@ a recipe too, `table.yaml:row`:
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -32,7 +31,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 import melodi_hf  # noqa: F401  (makes our models known to CONFIG_MAPPING)
-from melodi_hf.data.text import Document, read_documents, standard_library_documents
+from melodi_hf.data.text import Source, read_documents, standard_library_documents
 
 WITHOUT_TEST_SPLIT = ("allenai/c4",)  # on the Hub; scored on their validation documents
 
@@ -114,18 +113,19 @@ class Recipe:
         """The model's configuration; what the recipe says goes before what the tokenizer says."""
         return make_config({**from_tokenizer, **self.model})
 
-    def documents(self, split: Literal["train", "validation", "test"]) -> Iterator[Document]:
+    def documents(self, split: Literal["train", "validation", "test"]) -> Source:
         """The documents of one split, from wherever the recipe says."""
         data, train = self.data, split == "train"
         limit = data.max_documents if train else self.evaluation.max_documents
+        kept: dict[str, Any] = {"limit": limit, "min_tokens": data.min_tokens}
         if data.source == "standard_library":  # which is too small for a third part
-            return islice(standard_library_documents("train" if train else "test"), limit)
+            return standard_library_documents("train" if train else "test", **kept)
         if data.source == "files":
             files = {"train": data.files, "validation": data.validation_files}
-            return read_documents(files.get(split, data.test_files), limit=limit)
+            return read_documents(files.get(split, data.test_files), **kept)
         if split == "test" and data.source in WITHOUT_TEST_SPLIT:
             split = "validation"
-        return read_documents(name=data.source, config_name=data.subset, split=split, limit=limit)
+        return read_documents(name=data.source, config_name=data.subset, split=split, **kept)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -387,3 +387,12 @@ def check_files(recipe: Recipe) -> None:
             f"tokenizer.path is {path}, which does not exist: "
             "name a folder, or a tokenizer of the Hub, owner/name"
         )
+    check_documents_there(recipe)
+
+
+def check_documents_there(recipe: Recipe) -> None:
+    """Look for the files before any work is done; none of them is read."""
+    recipe.documents("train")
+    recipe.documents("test")
+    if recipe.training.evaluate_every:
+        recipe.documents("validation")

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import torch
 from recipe import Recipe, is_on_hub
 from transformers import AutoModelForCausalLM
 
-from melodi_hf.data.tokens import EncodedDocument
 from melodi_hf.evaluation.tables import evaluation_table, position_table
 
 RECIPE, RESULTS = "recipe.json", "results.json"
@@ -156,7 +155,7 @@ def of_record(results: dict[str, Any]) -> dict[str, Any]:
     recipe = json.loads(json.dumps(results["recipe"]))
     data, tokenizer = recipe["data"], recipe["tokenizer"]
     for key in ("files", "validation_files", "test_files"):
-        data[key] = [Path(name).name for name in data[key]]
+        data[key] = [Path(name).name for name in data.get(key, ())]
     if tokenizer["path"] and not is_on_hub(tokenizer["path"]):
         tokenizer["path"] = Path(tokenizer["path"]).name
     passage = {name: x for name, x in (results["continuation"] or {}).items() if name != "read"}
@@ -191,10 +190,6 @@ def peak_memory_gb() -> float | None:
 
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def describe(documents: Sequence[EncodedDocument]) -> str:
-    return f"{len(documents):,} documents ({sum(len(d.ids) for d in documents):,} tokens)"
 
 
 def report(recipe: Recipe, results: dict[str, Any], output: Path) -> None:

@@ -21,13 +21,13 @@ from typing import Any
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
 
 import torch
+from documents import check_documents, own_tokenizer, prepare
 from recipe import Recipe, check_files, load_recipe, run_name
 from record import (
     RECIPE,
     RESULTS,
     check_disk,
     check_output,
-    describe,
     environment,
     is_finished,
     is_first_process,
@@ -42,7 +42,7 @@ from transformers.utils import is_torch_xla_available
 from transformers.utils.logging import disable_progress_bar
 
 from melodi_hf.data.segments import Segments
-from melodi_hf.data.tokens import EncodedDocument, encode_documents, load_tokenizer, train_tokenizer
+from melodi_hf.data.tokens import EncodedDocument, load_tokenizer
 from melodi_hf.evaluation.cards import write_card
 from melodi_hf.evaluation.continuation import read_and_continue
 from melodi_hf.evaluation.perplexity import evaluate_perplexity
@@ -89,17 +89,12 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
     disable_progress_bar()  # those of saving; the others stay
     set_seed(recipe.training.seed)
 
-    train_texts, test_texts = list(recipe.documents("train")), list(recipe.documents("test"))
-    tokenizer = tokenizer or train_tokenizer(train_texts, recipe.tokenizer.vocab_size)
+    tokenizer = tokenizer or own_tokenizer(recipe)
     if is_first_process():
         write_json(output / RECIPE, recipe.as_dict())
         tokenizer.save_pretrained(output)
-    train_data = encode_documents(train_texts, tokenizer)
-    validation_data = None
-    if recipe.training.evaluate_every:
-        validation_data = encode_documents(recipe.documents("validation"), tokenizer)
-    test_data = encode_documents(test_texts, tokenizer)
-    print(f"{describe(train_data)} to train on, {describe(test_data)} to test on")
+    train_data, validation_data, test_data = prepare(recipe, tokenizer)
+    check_documents(output, train_data, resume)
 
     model = AutoModelForCausalLM.from_config(
         recipe.model_config(
@@ -133,6 +128,7 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
         "recipe": recipe.as_dict(),
         **environment(),
         "seed": recipe.training.seed,
+        "data": {"train": train_data.as_dict(), "test": test_data.as_dict()},
         "parameters": model.num_parameters(),
         "memory_floats": model.config.memory_floats(),
         "resumed": checkpoint is not None,
@@ -156,8 +152,8 @@ def make_trainer(
     recipe: Recipe,
     output: Path,
     model: PreTrainedModel,
-    data: list[EncodedDocument],
-    validation_data: list[EncodedDocument] | None = None,
+    data: Sequence[EncodedDocument],
+    validation_data: Sequence[EncodedDocument] | None = None,
 ) -> MemoryTrainer:
     """The Trainer on as many epochs of the documents as the steps need."""
     asked = recipe.training
@@ -239,7 +235,7 @@ def history_entry(logged: dict[str, Any]) -> dict[str, Any]:
 
 
 def continuation(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, test_data: list[EncodedDocument]
+    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, test_data: Sequence[EncodedDocument]
 ) -> dict[str, Any] | None:
     """Read test documents, the longest first, and go on where `read_tokens` of them end."""
     asked = recipe.evaluation

@@ -1,10 +1,11 @@
-"""Text becomes documents (`text`), then ids (`tokens`), then rows of segments (`segments`).
-
-Each file needs only those before it, in the order just given.
+"""Files become rows (`rows`), documents (`text`), ids (`tokens`), kept on disk (`prepared`), then
+segments (`segments`); what could not be read is counted (`report`).
 """
 
+from melodi_hf.data.prepared import Prepared, prepare_documents
+from melodi_hf.data.report import Report
 from melodi_hf.data.segments import Segments
-from melodi_hf.data.text import Document, read_documents, standard_library_documents
+from melodi_hf.data.text import Document, Source, read_documents, standard_library_documents
 from melodi_hf.data.tokens import (
     EncodedDocument,
     convert_sentencepiece,
@@ -16,10 +17,14 @@ from melodi_hf.data.tokens import (
 __all__ = [
     "Document",
     "EncodedDocument",
+    "Prepared",
+    "Report",
     "Segments",
+    "Source",
     "convert_sentencepiece",
     "encode_documents",
     "load_tokenizer",
+    "prepare_documents",
     "read_documents",
     "standard_library_documents",
     "train_tokenizer",

@@ -13,7 +13,7 @@ A SentencePiece model merges whatever makes the piece of the lowest id, leftmost
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tokenizers import (
@@ -28,6 +28,7 @@ from tokenizers import (
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from melodi_hf.data.report import Report
 from melodi_hf.data.text import Document
 
 END = "</s>"
@@ -36,13 +37,17 @@ BLANK = "\u2581"  # what SentencePiece writes for a space
 
 BATCH_CHARACTERS = 4_000_000  # of text that are encoded in one call; bounds the memory needed
 PROGRESS_DELAY = 3  # seconds of work before a bar appears
+TRAINING_CHARACTERS = 2**29  # of the documents, that a tokenizer is trained on
+NO_TOKENS = "without tokens"
+
+T = TypeVar("T")
 
 
 class EncodedDocument(NamedTuple):
     """The ids of a document, and the sizes of its text that perplexities are divided by."""
 
     id: str
-    ids: np.ndarray  # int32, one per token, without special tokens
+    ids: np.ndarray  # whole numbers, one per token, without special tokens
     num_words: int  # pieces between whitespace
     num_bytes: int  # of the text in UTF-8
 
@@ -260,8 +265,9 @@ def train_tokenizer(
     vocab_size: the most entries it may have, the two special tokens (`</s>` = 0, also bos, and
         `<pad>` = 1) and the 256 bytes among them; a small corpus gives fewer.
 
-    The same documents in the same order give the same tokenizer. Raises ValueError for a
-    vocabulary too small for the bytes and for no documents.
+    The same documents in the same order give the same tokenizer; they are read one by one, and not
+    beyond their first `TRAINING_CHARACTERS`, which hold every word that matters. Raises
+    ValueError for a vocabulary too small for the bytes and for no documents.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
@@ -279,7 +285,7 @@ def train_tokenizer(
         initial_alphabet=sorted(alphabet),
         show_progress=progress,
     )
-    texts = (document.text for document in documents)
+    texts = first_texts(documents)
     first = next(texts, None)
     if first is None:
         raise ValueError("a tokenizer cannot be trained on no documents; give at least one")
@@ -293,6 +299,16 @@ def train_tokenizer(
     )
 
 
+def first_texts(documents: Iterable[Document]) -> Iterator[str]:
+    """Read texts until there are `TRAINING_CHARACTERS` or more."""
+    num_characters = 0
+    for document in documents:
+        yield document.text
+        num_characters += len(document.text)
+        if num_characters >= TRAINING_CHARACTERS:
+            return
+
+
 def prepend(first: str, others: Iterator[str]) -> Iterator[str]:
     """Put one text before others."""
     yield first
@@ -303,40 +319,43 @@ def prepend(first: str, others: Iterator[str]) -> Iterator[str]:
 
 
 def encode_documents(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, progress: bool = True
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    progress: bool = True,
+    report: Report | None = None,
 ) -> list[EncodedDocument]:
     """Encode whole documents, several at once; no special tokens are added.
 
     Text that looks like a special token, such as "</s>" in a page about tokenizers, is encoded as
-    the characters it is made of. A bar with tokens per second appears when it takes long.
+    the characters it is made of. A bar with tokens per second appears when it takes long. For more
+    than fits into memory, or to do it only once, there is `prepare_documents`.
 
-    Raises ValueError for a document that gives no ids, and for no documents.
+    report: counts documents that give no ids and are left out; without one they are warned of.
+
+    Raises ValueError for no documents.
     """
     encode = batch_encoder(tokenizer)
+    noted = Report() if report is None else report
     encoded: list[EncodedDocument] = []
-    with tqdm(
-        desc="encoding",
-        unit="token",
-        unit_scale=True,
-        delay=PROGRESS_DELAY,
-        disable=not progress,
-    ) as bar:
-        for batch in batches_of(documents):
+    waiting = iter(documents)
+    with encoding_bar(progress) as bar:
+        while batch := take_batch(waiting, len_of=lambda document: len(document.text)):
             for document, ids in zip(batch, encode([text for _, text in batch]), strict=True):
-                encoded.append(encoded_document(document, ids))
+                if ids:
+                    encoded.append(encoded_document(document, ids))
+                else:
+                    noted.count(NO_TOKENS, f"document {document.id!r}")
                 bar.update(len(ids))
     if not encoded:
-        raise ValueError("there are no documents to encode; give at least one")
+        found = f" ({noted})" if noted else ""
+        raise ValueError(f"there are no documents to encode{found}; give at least one")
+    if report is None:
+        noted.warn()
     return encoded
 
 
 def encoded_document(document: Document, ids: list[int]) -> EncodedDocument:
     """Keep the ids of one document in an array of four bytes each."""
-    if not len(ids):
-        raise ValueError(
-            f"document {document.id!r} gives no ids; its {len(document.text)} characters are all "
-            "dropped by the tokenizer, so leave it out"
-        )
     return EncodedDocument(
         id=document.id,
         ids=np.array(ids, dtype=np.int32),
@@ -345,39 +364,56 @@ def encoded_document(document: Document, ids: list[int]) -> EncodedDocument:
     )
 
 
-def batches_of(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents until a group holds `BATCH_CHARACTERS` or more."""
-    batch: list[Document] = []
+def encoding_bar(progress: bool, done: int = 0) -> tqdm:
+    """A bar of tokens, which appears when it takes long; `done` were encoded before."""
+    delay = 0 if done else PROGRESS_DELAY
+    options = {"unit": "token", "unit_scale": True, "delay": delay, "initial": done}
+    return tqdm(desc="encoding", disable=not progress, **options)
+
+
+def take_batch(
+    waiting: Iterator[T], len_of: Callable[[T], int], most: int | None = None
+) -> list[T]:
+    """Take texts until they have `BATCH_CHARACTERS` or more, and `most` of them at the most."""
+    batch: list[T] = []
     num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += len(document.text)
-        if num_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
+    for text in waiting:
+        batch.append(text)
+        num_characters += len_of(text)
+        if num_characters >= BATCH_CHARACTERS or len(batch) == most:
+            break
+    return batch
 
 
 def batch_encoder(
     tokenizer: PreTrainedTokenizerBase,
-) -> Callable[[list[str]], list[list[int]]]:
+) -> Callable[[list[str]], Iterator[list[int]]]:
     """Return a function from texts to ids, free of padding, truncation and length warnings."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer written in Python
+    backend = plain_backend(tokenizer)
+    if backend is None:
 
         def encode_slowly(texts):
             options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-            return tokenizer(texts, **options)["input_ids"]
+            return iter(tokenizer(texts, **options)["input_ids"])
 
         return encode_slowly
+
+    def encode(texts):
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        # One at a time: as a list of Python's numbers, ids take nine times their size.
+        return (encoding.ids for encoding in encodings)
+
+    return encode
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The tokenizer of `tokenizers` that does the work; None for one that is written in Python."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
     # A copy, because these switches belong to the tokenizer that the user keeps.
     backend = copy.deepcopy(backend)
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True
-
-    def encode(texts):
-        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    return encode
+    return backend
