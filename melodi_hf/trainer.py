@@ -8,8 +8,17 @@ another document begins:
     row 0   [ A, segment 0 | A, segment 1 | B, segment 0 ]
                        memory ->       empty
 
-That holds only while batches come in the order of the data set, so other orders are refused.
-Evaluation reads its own documents, from an empty memory, and leaves that of training as it was.
+The rows of a step are those of all devices and of all micro-batches that gradients are accumulated
+over: micro-batch m of every step has rows, and a memory, of its own. With two devices, two
+micro-batches and one row in each, item `step * 4 + row` of the data set is read by
+
+    row             0    1    2    3
+    micro-batch     0    0    1    1
+    device          0    1    0    1
+
+so that the loss and the gradients are those of four rows at once. That holds only while batches
+come in the order of the data set, so other orders are refused. Evaluation reads its own documents,
+from an empty memory, and leaves that of training as it was.
 """
 
 import json
@@ -24,25 +33,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from transformers import Adafactor, ProgressCallback, Trainer
+from transformers import AutoModelForCausalLM, ProgressCallback, Trainer
 
+from melodi_hf.adafactor import OPTIONS, PaperAdafactor
 from melodi_hf.data.segments import Segments
+from melodi_hf.tracking import memory_figures
 
-# The rule of the released code. Paper: the class below keeps the second moment of every matrix in
-# factored form; the released code does so only where both of its sides are 128 or more.
-PAPER_ADAFACTOR = (
-    Adafactor,
-    {
-        "eps": (1e-30, 1e-3),
-        "clip_threshold": 1.0,
-        "decay_rate": -0.8,
-        "beta1": 0.9,
-        "weight_decay": 0.0,
-        "scale_parameter": True,
-        "relative_step": False,
-        "warmup_init": False,
-    },
-)
+PAPER_ADAFACTOR = PaperAdafactor, OPTIONS
 
 
 def paper_schedule(step, total_steps, peak=0.01, floor=0.001, warmup=1000):
@@ -67,30 +64,64 @@ class MemoryTrainer(Trainer):
         refuse_torn_rows(self)
         self.label_names = ["shift_labels"]
         self.model_accepts_loss_kwargs = True
-        self._memory: dict[str, Any] = {"training": None, "evaluation": None}
+        # One for each micro-batch of a step; evaluation has one.
+        self._memory: dict[str, list[Any]] = {"training": [], "evaluation": [None]}
+        self._micro_batch = 0
         self._scores: list[torch.Tensor] = []  # of an evaluation: summed losses, targets
         self._clock: Any = None  # at the last figures: seconds, tokens read
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(FiguresOnBar)
 
+    def create_accelerator_and_postprocess(self):
+        # A mixer has no gradient where nothing reads what it makes, as in the last layer.
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            # It would round the loss, gradients and what flows between layers to bfloat16, in place
+            # of autocast, which decides on one device and shall here.
+            plugin.mixed_precision_policy = None
+
+    def autocast_smart_context_manager(self, *args, **kwargs):
+        if self.is_fsdp_enabled:  # accelerate puts autocast around every model but those of FSDP2
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(*args, **kwargs)
+
     def train(self, *args, **kwargs):
-        self._memory["training"], self._clock = None, None
+        self._memory["training"] = [None] * self.args.gradient_accumulation_steps
+        self._clock = None
         return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._micro_batch = 0
+        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         if self._clock is None:
             self._clock = (time.perf_counter(), self.state.num_input_tokens_seen)
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        self._micro_batch += 1
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mode = "training" if model.training else "evaluation"
-        memory = {"memory": self._memory[mode], "return_memory": True, "use_cache": False}
+        held = self._memory["training" if model.training else "evaluation"]
+        place = self._micro_batch if model.training else 0
+        memory = {"memory": held[place], "return_memory": True, "use_cache": False}
         loss, outputs = super().compute_loss(
             model, {**inputs, **memory}, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        self._memory[mode] = outputs.memory
+        held[place] = outputs.memory
         return (loss, outputs) if return_outputs else loss
+
+    def _track_num_input_tokens(self, inputs):
+        # Batches have one shape on all devices: none of them needs to be asked, nor waited for.
+        if self.args.include_num_input_tokens_seen == "all":
+            tokens = inputs["input_ids"].numel() * self.args.world_size
+            self.state.num_input_tokens_seen += tokens
+        else:
+            super()._track_num_input_tokens(inputs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Each target counts once, over all micro-batches and devices of a step."""
@@ -106,10 +137,10 @@ class MemoryTrainer(Trainer):
 
     def evaluation_loop(self, *args, **kwargs):
         start = time.perf_counter()
-        self._memory["evaluation"] = None
+        self._memory["evaluation"] = [None]
         self._scores.clear()
         output = super().evaluation_loop(*args, **kwargs)
-        self._memory["evaluation"] = None
+        self._memory["evaluation"] = [None]
         # The Trainer's mean is over batches; this one is over targets, as in training.
         nll, targets = self.accelerator.reduce(torch.stack(self._scores).sum(0), "mean").tolist()
         loss_name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
@@ -141,24 +172,45 @@ class MemoryTrainer(Trainer):
             tokens = self.state.num_input_tokens_seen
             logs["tokens_per_second"] = (tokens - read) / (now - before)
             self._clock = (now, tokens)
+            logs.update(memory_figures(self.accelerator, self.model, self._memory["training"]))
         super().log(logs, *args, **kwargs)
+
+    def whole_model(self):
+        """The trained model on the first process, put together if FSDP dealt it out, and None on
+        the others. It computes in float32, as it will when it is loaded again. All processes must
+        call this."""
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        model.config.use_cache = True  # the Trainer switches it off
+        if not self.is_fsdp_enabled:
+            return model if self.is_world_process_zero() else None
+        weights = self.accelerator.get_state_dict(self.model)
+        if not self.is_world_process_zero():
+            return None
+        whole = AutoModelForCausalLM.from_config(model.config)
+        whole.load_state_dict(weights)
+        return whole.to(self.args.device)
 
     # The Trainer calls these two on every rank, the second where training goes on.
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        if self._memory["training"] is not None:
-            save_memory(self._memory["training"], self._memory_file(output_dir))
+        if self._memory["training"]:
+            empty = self._empty_memory()
+            held = [empty if memory is None else memory for memory in self._memory["training"]]
+            save_memory(held, self._memory_file(output_dir))
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        model = self.accelerator.unwrap_model(self.model)
-        empty = model.base_model.empty_memory(self.args.per_device_train_batch_size)
+        empty = [self._empty_memory()] * self.args.gradient_accumulation_steps
         self._memory["training"] = load_memory(
             empty, self._memory_file(checkpoint), self.args.device
         )
+
+    def _empty_memory(self):
+        model = self.accelerator.unwrap_model(self.model)
+        return model.base_model.empty_memory(self.args.per_device_train_batch_size)
 
     def _memory_file(self, checkpoint):
         return Path(checkpoint) / f"memory_{self.args.process_index}.safetensors"
@@ -203,14 +255,19 @@ def refuse_torn_rows(trainer):
                 f"{name} is {getattr(args, name)!r}: memories are carried along the rows of a data "
                 f"set that is read in order, step by step; give {name}={value!r}"
             )
-    sizes = (args.train_batch_size, args.eval_batch_size)
-    for dataset, size in zip((trainer.train_dataset, trainer.eval_dataset), sizes, strict=True):
-        rows = size * args.world_size
-        if isinstance(dataset, Segments) and dataset.num_rows != rows:
-            raise ValueError(
-                f"the data set has num_rows={dataset.num_rows}, but a batch over all devices has "
-                f"{rows} ({size} on each of {args.world_size}): the two must be equal"
-            )
+    micro_batches = args.gradient_accumulation_steps
+    refuse_other_rows(trainer.train_dataset, args.train_batch_size, args.world_size, micro_batches)
+    refuse_other_rows(trainer.eval_dataset, args.eval_batch_size, args.world_size, 1)
+
+
+def refuse_other_rows(dataset, size, devices, micro_batches):
+    """Refuse segments laid out for another number of rows than a step has."""
+    rows = size * devices * micro_batches
+    if isinstance(dataset, Segments) and dataset.num_rows != rows:
+        raise ValueError(
+            f"the data set has num_rows={dataset.num_rows}, but a step has {rows} ({size} in each "
+            f"of {micro_batches} micro-batches on each of {devices} devices): the two must be equal"
+        )
 
 
 def save_memory(memory, path):
@@ -229,9 +286,9 @@ def load_memory(empty, path, device):
             "processes; go on with as many, or from another checkpoint"
         )
     leaves, structure = tree_flatten(empty)
-    with safe_open(path, "pt", device=str(device)) as file:
+    with safe_open(path, "pt") as file:  # which knows no cpu:0, as a process of several says
         found = json.loads(file.metadata()["json"])
-        found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found |= {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
     shapes = [tuple(x.shape) if torch.is_tensor(x) else () for x in leaves]
     loaded = [found.get(str(i)) for i in range(len(leaves))]
     if len(found) != len(leaves) or shapes != [tuple(getattr(x, "shape", ())) for x in loaded]:

@@ -67,7 +67,7 @@ def segments(seed=0, rows=ROWS, lengths=(80, 37, 64, 50, 71, 90)):
 def make_trainer(
     folder, model=None, *, rows=ROWS, data=None, evaluated=None, schedule=None, **given
 ):
-    optimizer = given.pop("optimizer_cls_and_kwargs", None)
+    optimizer, callbacks = (given.pop(x, None) for x in ("optimizer_cls_and_kwargs", "callbacks"))
     arguments = {
         "output_dir": str(folder),
         "max_steps": 6,
@@ -92,6 +92,7 @@ def make_trainer(
         eval_dataset=evaluated,
         schedule=schedule,
         optimizer_cls_and_kwargs=optimizer,
+        callbacks=callbacks,
     )
 
 
@@ -206,15 +207,48 @@ def test_memory_of_another_model_is_refused(tmp_path):
             load_memory(other, path, "cpu")
 
 
-def test_accumulated_steps_equal_larger_ones(tmp_path):
-    """Four rows at once equal two and two, if each micro-batch begins its documents."""
-    lengths = [SEGMENT, SEGMENT - 9, SEGMENT, SEGMENT - 3] * 6
-    data = segments(rows=4, lengths=lengths), segments(rows=2, lengths=lengths)
-    large = make_trainer(tmp_path, rows=4, data=data[0])
-    small = make_trainer(tmp_path, rows=2, data=data[1], gradient_accumulation_steps=2)
+def test_each_micro_batch_has_a_memory_of_its_own(tmp_path):
+    """Four rows in one batch equal two and two, saved in the middle and gone on with."""
+    data, half = segments(rows=4), {"rows": 2, "gradient_accumulation_steps": 2}
+    large = make_trainer(tmp_path, rows=4, data=data)
     large.train()
+    small = make_trainer(tmp_path, data=data, **half, save_strategy="steps", save_steps=3)
     small.train()
     assert_close(losses(small), losses(large), atol=1e-5, rtol=0)
+    resumed = make_trainer(tmp_path, data=data, **half)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_close(losses(resumed), losses(large), atol=1e-5, rtol=0)
+    # The opposite: rows that take over each other's memories.
+    saved = tmp_path / "checkpoint-3" / "memory_0.safetensors"
+    empty = [resumed.model.base_model.empty_memory(ROWS)] * 2
+    first, second = load_memory(empty, saved, "cpu")
+    save_memory([second, first], saved)
+    torn = make_trainer(tmp_path, data=data, **half)
+    torn.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert abs(losses(torn)[3] - losses(large)[3]) > 1e-4
+
+
+def test_epoch_that_ends_within_a_step(tmp_path):
+    """Of three micro-batches two make a step, and the last one a step of its own."""
+    data = segments(rows=1)
+    items = [data[i] for i in range(3)]
+    micro = make_trainer(
+        tmp_path, rows=1, data=items, gradient_accumulation_steps=2, max_steps=4, learning_rate=0.0
+    )
+    micro.train()
+    model, memories, wanted = melodi().train(), [None, None], []
+    for step in range(4):
+        batch = items[:2] if step % 2 == 0 else items[2:]
+        nll, count = 0.0, 0
+        for place, item in enumerate(batch):
+            given = {name: x[None] for name, x in item.items()}
+            with torch.no_grad():
+                output = model(**given, memory=memories[place], return_memory=True)
+            memories[place] = output.memory
+            targets = (given["shift_labels"] != -100).sum().item()
+            nll, count = nll + output.loss.item() * targets, count + targets
+        wanted.append(nll / count)
+    assert_close(losses(micro), wanted, atol=1e-5, rtol=0)
 
 
 def test_figures_are_logged(tmp_path):
@@ -251,8 +285,8 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_l"),
         ({"dataloader_drop_last": False}, "give dataloader_drop_last=True"),
         ({"label_smoothing_factor": 0.1}, "give label_smoothing_factor=0.0"),
-        ({"data": segments(rows=3)}, r"num_rows=3, but a batch over all devices has 2"),
-        ({"evaluated": segments(rows=4)}, r"num_rows=4, but a batch over all devices has 2"),
+        ({"data": segments(rows=3)}, r"num_rows=3, but a step has 2 \(2 in each of 1 micro"),
+        ({"evaluated": segments(rows=4)}, r"num_rows=4, but a step has 2 \(2 in each"),
     ],
 )
 def test_what_would_tear_rows_from_memories_is_refused(tmp_path, given, message):

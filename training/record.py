@@ -94,7 +94,8 @@ def needed_bytes(recipe: Recipe, vocab_size: int) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     weights = 4 * model.num_parameters()
-    memory = 4 * config.memory_floats() * recipe.training.num_rows
+    rows = recipe.training.num_rows * recipe.training.gradient_accumulation_steps
+    memory = 4 * config.memory_floats() * rows
     checkpoint = weights * (1 + OPTIMIZER_COPIES[recipe.training.optimizer]) + memory
     return weights + 2 * checkpoint + SPARE_BYTES
 

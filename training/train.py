@@ -47,6 +47,7 @@ from melodi_hf.evaluation.cards import write_card
 from melodi_hf.evaluation.continuation import read_and_continue
 from melodi_hf.evaluation.perplexity import evaluate_perplexity
 from melodi_hf.evaluation.plots import plot_by_position, plot_loss
+from melodi_hf.tracking import trackers
 from melodi_hf.trainer import PAPER_ADAFACTOR, MemoryTrainer, paper_schedule
 
 QUOTED_TOKENS = 200  # of what was read, shown before its continuation
@@ -110,9 +111,9 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
     trainer = make_trainer(recipe, output, model, train_data, validation_data)
     checkpoint = get_last_checkpoint(str(output)) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
-    if not trainer.is_world_process_zero():
+    model = trainer.whole_model()
+    if model is None:  # the first process does the rest
         return
-    model.config.use_cache = True  # the Trainer switches it off
     model.save_pretrained(output)
 
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -127,6 +128,7 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
         "name": name,
         "recipe": recipe.as_dict(),
         **environment(),
+        "world_size": trainer.args.world_size,
         "seed": recipe.training.seed,
         "data": {"train": train_data.as_dict(), "test": test_data.as_dict()},
         "parameters": model.num_parameters(),
@@ -157,8 +159,12 @@ def make_trainer(
 ) -> MemoryTrainer:
     """The Trainer on as many epochs of the documents as the steps need."""
     asked = recipe.training
+    # The recipe says the precision; accelerate's file, whose word this is, could only contradict.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     arguments = TrainingArguments(
         output_dir=str(output),
+        run_name=output.name,
+        project="melodi_hf",
         max_steps=asked.steps,
         per_device_train_batch_size=asked.num_rows,
         per_device_eval_batch_size=asked.num_rows,
@@ -180,7 +186,7 @@ def make_trainer(
         train_sampling_strategy="sequential",
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
+        report_to="none",  # but to the trackers below
         # Said outright, or several processes on processors would not know of each other.
         use_cpu=not (torch.accelerator.is_available() or is_torch_xla_available()),
     )
@@ -189,37 +195,38 @@ def make_trainer(
     setattr(arguments, new if hasattr(arguments, new) else old, asked.gradient_checkpointing)
     segments: dict[str, Any] = {
         "segment_length": recipe.data.segment_length,
-        "num_rows": asked.num_rows * arguments.world_size,
+        "num_rows": asked.num_rows * arguments.world_size * asked.gradient_accumulation_steps,
         "start_id": model.config.eos_token_id,
         "pad_id": model.config.pad_token_id,
         "seed": asked.seed,
         "vocab_size": model.config.vocab_size,
     }
-    batches = asked.steps * asked.gradient_accumulation_steps
     epoch = Segments(data, **segments).num_steps
     # One more than they should take, as the rows of an epoch end together only by chance.
-    train_dataset = Segments(data, **segments, num_epochs=math.ceil(batches / epoch) + 1)
+    train_dataset = Segments(data, **segments, num_epochs=math.ceil(asked.steps / epoch) + 1)
+    segments |= {"num_rows": asked.num_rows * arguments.world_size, "seed": None}  # to evaluate on
     return MemoryTrainer(
         model,
         arguments,
         train_dataset=train_dataset,
-        eval_dataset=Segments(validation_data, **{**segments, "seed": None})
-        if validation_data
-        else None,
-        optimizer_cls_and_kwargs=paper_optimizer(recipe)
-        if asked.optimizer == "adafactor"
-        else None,
-        schedule=paper_learning_rate(recipe) if asked.schedule == "paper" else None,
+        eval_dataset=Segments(validation_data, **segments) if validation_data else None,
+        callbacks=trackers(output / "logs"),
+        optimizer_cls_and_kwargs=paper_optimizer(recipe),
+        schedule=paper_learning_rate(recipe),
     )
 
 
-def paper_optimizer(recipe: Recipe) -> tuple[type, dict[str, Any]]:
+def paper_optimizer(recipe: Recipe) -> tuple[type, dict[str, Any]] | None:
+    if recipe.training.optimizer != "adafactor":
+        return None
     optimizer, options = PAPER_ADAFACTOR
     return optimizer, {**options, "lr": recipe.training.learning_rate}
 
 
 def paper_learning_rate(recipe: Recipe):
-    """The paper's schedule, scaled to the recipe's peak and warm-up."""
+    """The paper's schedule, scaled to the recipe's peak and warm-up, if the recipe asks for it."""
+    if recipe.training.schedule != "paper":
+        return None
     peak, warmup = recipe.training.learning_rate, recipe.training.warmup_steps
     return lambda step, total: paper_schedule(step, total, peak, peak / 10, warmup)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -133,6 +133,13 @@ class DecoderLayer(GradientCheckpointingLayer):
             }
         )
 
+    def figures(self, memory, windows_read) -> dict[str, Tensor]:
+        """Numbers that tell how this layer uses its memory, each a mean over rows.
+
+        memory: as training carries it; windows_read: B, closed windows of each document.
+        """
+        return {}
+
 
 class DecoderPreTrainedModel(PreTrainedModel):
     """Initialisation and the promises towards transformers."""
@@ -178,6 +185,12 @@ class DecoderPreTrainedModel(PreTrainedModel):
         refuse_infinite_weights(model.named_parameters(), args[0] if args else "the checkpoint")
         return loaded
 
+    def post_init(self):
+        """As in transformers; FSDP refuses the names of layers that this model does not have."""
+        super().post_init()
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = present.intersection(self._no_split_modules or ())
+
     def save_pretrained(self, *args, **kwargs):
         """As in transformers; each Auto class finds its code, whichever class is saved."""
         system, name = self.config.model_type, type(self.config).__name__.removesuffix("Config")
@@ -213,6 +226,17 @@ class DecoderModel(DecoderPreTrainedModel):
         layers = cast("list[DecoderLayer]", list(self.layers))
         empty = tuple(layer.empty_memory(batch_size, device, dtype) for layer in layers)
         return Memory(empty, Progress(torch.zeros(batch_size, dtype=torch.long, device=device), 0))
+
+    @torch.no_grad()
+    def figures(self, memory: Memory) -> dict[str, Tensor]:
+        """What the layers tell of the memory that a call returned, under `name/layer`: numbers
+        without axes, means over rows, left on their device."""
+        windows_read = memory.progress.tokens_read // self.config.window_length
+        told = {}
+        for i, (layer, held) in enumerate(zip(self.layers, memory.layers, strict=True)):
+            for name, figure in cast(DecoderLayer, layer).figures(held, windows_read).items():
+                told[f"{name}/{i}"] = figure
+        return told
 
     def streams(self, x, plan):
         """What flows from layer to layer: the tokens, and whatever a system lets ride with them."""

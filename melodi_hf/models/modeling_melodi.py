@@ -37,7 +37,7 @@ from .attention_map import AttentionMap
 from .configuration_melodi import MelodiConfig
 from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward, make_known
 from .generation import MemoryGenerationMixin
-from .norm import RMSNorm
+from .norm import RMSNorm, mean_size
 
 
 class MelodiMemory(NamedTuple):
@@ -226,6 +226,12 @@ class MelodiLayer(DecoderLayer):
         """Long-term memory has its turn."""
         return attended
 
+    def figures(self, memory, windows_read):
+        """short_memory_rms: the size of the short-term memory's numbers."""
+        if self.config.num_short_memory_tokens == 0:
+            return {}
+        return {"short_memory_rms": mean_size(memory.short)}
+
 
 class LongTermMelodiLayer(MelodiLayer):
     """A layer with short-term and long-term memory."""
@@ -245,19 +251,37 @@ class LongTermMelodiLayer(MelodiLayer):
         )
 
     def shut(self, memory, given):
-        slots = given.long_keys.shape[2]
-        if slots == self.long_length:
+        if given.long_keys.shape[2] == self.long_length:
             return memory
-        return memory._replace(
-            long_keys=memory.long_keys[:, :, :slots], long_values=memory.long_values[:, :, :slots]
-        )
+        # Not the part of a longer queue that `slide` made: FSDP warns of parts.
+        long = memory.long.clone(memory_format=torch.contiguous_format)
+        return memory._replace(long=long, long_keys=given.long_keys, long_values=given.long_values)
+
+    def filled_slots(self, windows_read):
+        pushed = windows_read * self.config.num_long_memory_tokens
+        return pushed.clamp(max=self.long_length)
 
     def consult_queue(self, q, attended, memory, chunk):
-        slots = self.long_length
-        filled = (chunk.windows_read * self.config.num_long_memory_tokens).clamp(max=slots)
+        slots, filled = self.long_length, self.filled_slots(chunk.windows_read)
         remembered = self.self_attn(q, memory.long_keys, memory.long_values, None, slots, filled)
         gate = self.gate.sigmoid()[:, None].to(attended.dtype)
         return torch.lerp(remembered, attended, gate.expand_as(attended))
+
+    def figures(self, memory, windows_read):
+        """Besides those of the short-term memory:
+
+        gate_openness: 1 - g, the share of attention's output that comes from the queue;
+        queue_fill: the part of the queue's slots that hold a token;
+        queue_rms: the size of these tokens' numbers.
+        """
+        filled = self.filled_slots(windows_read)  # B
+        fill = (filled / self.long_length)[:, None, None]
+        tokens = memory.long.float() * fill.clamp(min=1 / self.long_length).rsqrt()
+        return super().figures(memory, windows_read) | {
+            "gate_openness": 1 - self.gate.sigmoid().mean(),
+            "queue_fill": fill.mean(),
+            "queue_rms": mean_size(tokens),
+        }
 
     def close(self, h, outputs, memory, chunk):
         pushed = self.long_mixer(outputs, self.config.window_length)

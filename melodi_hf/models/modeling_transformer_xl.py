@@ -24,7 +24,7 @@ from .attention_map import AttentionMap
 from .configuration_transformer_xl import TransformerXLConfig
 from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward, make_known
 from .generation import MemoryGenerationMixin
-from .norm import RMSNorm
+from .norm import RMSNorm, mean_size
 
 
 class WindowMemory(NamedTuple):
@@ -67,7 +67,12 @@ class TransformerXLLayer(DecoderLayer):
         attended, memory = self.read_chunks(plan, WindowMemory(*memory), *parts)
         packed = packed + self.self_attn.o_proj(merge_heads(plan.join(attended, 2)))
         packed = packed + self.dropout(self.mlp(self.post_attention_layernorm(packed)))
-        return plan.unpack_tokens(packed), *memory
+        # Not parts of longer tensors, which FSDP warns of.
+        return plan.unpack_tokens(packed), *(held.contiguous() for held in memory)
+
+    def figures(self, memory, windows_read):
+        """memory_rms: the size of the remembered values' numbers; keys have length one."""
+        return {"memory_rms": mean_size(memory.values)}
 
     def position_bias(self, chunk):
         """H T J or B H T J, for the chunk's queries towards [last window | window]."""

@@ -56,3 +56,8 @@ def unit(x, eps):
         return Normalise.apply(x, None, 1, eps)
     squares = x.float().pow(2).sum(-1, keepdim=True)  # float32: a sum of many small numbers
     return x * torch.rsqrt(squares + eps).to(x.dtype)
+
+
+def mean_size(tokens):
+    """The root mean square of each row's numbers, averaged over rows. B ... -> a number."""
+    return tokens.float().flatten(1).square().mean(1).sqrt().mean()
