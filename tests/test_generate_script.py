@@ -18,7 +18,7 @@ from melodi_hf import (
 from melodi_hf.data.text import Document
 from melodi_hf.data.tokens import encode_documents, train_tokenizer
 from melodi_hf.evaluation.continuation import continue_text, read_and_continue
-from melodi_hf.evaluation.perplexity import evaluate_perplexity
+from melodi_hf.evaluation.perplexity import evaluate_perplexity, settings_of
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
 SIZES = {
@@ -167,7 +167,11 @@ def test_evaluate_prints_and_writes_what_is_measured(folder, model, tokenizer, t
     expected = evaluate_perplexity(
         model, documents, start_id=tokenizer.eos_token_id, progress=False
     )
-    written, shown = json.loads(output.read_text()), capsys.readouterr().out
+    results, shown = json.loads(output.read_text()), capsys.readouterr().out
+    assert results["data"] == ["50.txt", "150.txt", "200.txt"]
+    assert results["parameters"] == model.num_parameters()
+    assert {"commit", "versions", "hardware"} <= results.keys()
+    written = results["evaluation"]
     for name, setting in written["settings"].items():
         nll = expected["settings"][name]["nll"]
         assert setting["nll"] == pytest.approx(nll, rel=1e-5)
@@ -178,6 +182,21 @@ def test_evaluate_prints_and_writes_what_is_measured(folder, model, tokenizer, t
     ]
 
 
+def test_evaluate_takes_out_what_it_is_told_to(folder, model, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    options = ["--data", str(tmp_path / "a.txt"), "--settings"]
+    evaluate_script.main([folder, *options, "all"])
+    rows = capsys.readouterr().out
+    for name in settings_of(model):
+        assert f"| {name} | " in rows
+    evaluate_script.main([folder, *options, "emptied", "short_off"])
+    rows = capsys.readouterr().out
+    assert "| short_off | " in rows
+    assert "| carried | " not in rows
+
+
 def test_evaluate_says_what_is_wrong(folder):
     with pytest.raises(SystemExit, match="no_such_file"):
         evaluate_script.main([folder, "--data", "no_such_file.txt"])
+    with pytest.raises(SystemExit, match=r"setting 'queue' should be one of .* or queue_N"):
+        evaluate_script.main([folder, "--settings", "queue"])

@@ -17,7 +17,12 @@ from melodi_hf import (
     TransformerXLForCausalLM,
 )
 from melodi_hf.data.tokens import EncodedDocument
-from melodi_hf.evaluation.perplexity import evaluate_perplexity, position_edges
+from melodi_hf.evaluation.intervals import interval, resample
+from melodi_hf.evaluation.perplexity import (
+    evaluate_perplexity,
+    position_edges,
+    settings_of,
+)
 
 VOCAB, WINDOW, START = 23, 4, 0
 LENGTHS = (1, 4, 5, 37, 50, 3)
@@ -177,6 +182,108 @@ def test_no_memory_is_worth_nothing(build, documents):
     assert result["worth"] == pytest.approx(0, abs=1e-6)
 
 
+def masked_melodi():
+    return MelodiForCausalLM(MelodiConfig(**MELODI, mask_empty_memory=True))
+
+
+FORGETTING = {
+    "short_off": {"short": 0},
+    "long_off": {"long": 0},
+    "queue_1": {"long": 1},
+    "queue_2": {"long": 2},
+}
+
+
+@torch.no_grad()
+def by_hand_forgetting(model, document, windows):
+    """The negative log-likelihoods of one document, read alone and window by window."""
+    model.eval()
+    inputs = torch.tensor([START, *document.ids[:-1].tolist()])
+    memory, logits = None, []
+    for window in inputs.split(WINDOW):
+        if memory is not None:
+            memory = model.base_model.forget(memory, **windows)
+        out = model(window[None], memory=memory, return_memory=True, use_cache=False)
+        memory = out.memory
+        logits.append(out.logits[0].double())
+    targets = torch.tensor(document.ids).long()
+    return F.cross_entropy(torch.cat(logits), targets, reduction="none").numpy()
+
+
+@pytest.mark.parametrize("build", [melodi, masked_melodi])
+def test_every_setting_scores_what_its_documents_score_alone(build, documents):
+    torch.manual_seed(0)
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    names = ["carried", *FORGETTING]
+    settings = evaluate(model, documents, settings=names, num_rows=4)["settings"]
+    assert len({round(setting["nll"], 2) for setting in settings.values()}) == len(names)
+    for name, windows in FORGETTING.items():
+        alone = [by_hand_forgetting(model, document, windows) for document in documents]
+        for nll, row in zip(alone, settings[name]["by_document"], strict=True):
+            assert row["nll"] == pytest.approx(nll.sum(), rel=1e-5)
+        for row in settings[name]["by_position"]:
+            parts = [nll[row["from"] : row["to"]] for nll in alone]
+            assert row["nll"] == pytest.approx(sum(part.sum() for part in parts), rel=1e-5)
+
+
+def test_settings_that_leave_all_or_nothing(documents):
+    settings = evaluate(melodi(), documents, settings=["carried", "queue_3", "queue_99"])
+    carried, *whole = (setting["nll"] for setting in settings["settings"].values())
+    assert whole == pytest.approx([carried] * 2, rel=1e-6)
+    settings = evaluate(transformer_xl(), documents, settings=["emptied", "short_off"])["settings"]
+    assert settings["short_off"]["nll"] == pytest.approx(settings["emptied"]["nll"], rel=1e-6)
+
+
+def test_all_settings_are_those_that_differ():
+    assert settings_of(melodi()) == ["carried", "emptied", "short_off", "long_off", "queue_1"]
+    assert settings_of(transformer_xl()) == ["carried", "emptied"]
+    without = MELODI | {"num_short_memory_tokens": 0, "long_memory_windows": 20}
+    long_alone = MelodiForCausalLM(MelodiConfig(**without))
+    assert settings_of(long_alone) == ["carried", "emptied", "queue_1", "queue_4", "queue_16"]
+
+
+def test_every_number_has_its_interval(documents):
+    result = evaluate(melodi(), documents, settings=["carried", "emptied", "long_off"])
+    assert result["bootstrap"]["documents"] == len(documents)
+    rows = {name: each["by_document"] for name, each in result["settings"].items()}
+    sums = {name: [row["nll"] for row in each] for name, each in rows.items()}
+    sums |= {unit: [row[unit] for row in rows["carried"]] for unit in ("tokens", "words", "bytes")}
+    drawn = resample(sums)
+    for name, setting in result["settings"].items():
+        nll = drawn[name]
+        wanted = {
+            "perplexity_per_token": np.exp(nll / drawn["tokens"]),
+            "perplexity_per_word": np.exp(nll / drawn["words"]),
+            "bits_per_byte": nll / math.log(2) / drawn["bytes"],
+        }
+        if name != "emptied":
+            wanted["worth"] = 1 - np.exp((nll - drawn["emptied"]) / drawn["tokens"])
+        if name != "carried":
+            wanted["above_carried"] = np.exp((nll - drawn["carried"]) / drawn["tokens"]) - 1
+        assert setting["intervals"].keys() == wanted.keys()
+        for key, values in wanted.items():
+            low, high = setting["intervals"][key]
+            assert [low, high] == pytest.approx(interval(values), abs=1e-9)
+            assert low <= setting[key] <= high
+
+
+def test_an_interval_needs_documents_that_reach_so_far(documents):
+    reaching = [sum(n > low for n in LENGTHS) for low in (0, 4, 8, 16, 32)]
+    assert reaching == [6, 3, 2, 2, 2]
+    setting = evaluate(Stub(), documents)["settings"]["carried"]
+    first, *others = setting["by_position"]
+    assert first["intervals"].keys() == {"perplexity", "worth"}
+    low, high = first["intervals"]["perplexity"]
+    assert low < first["perplexity"] < high
+    assert all(row["intervals"] == {} for row in others)
+    assert all(0 < abs(row["worth"]) < 1 for row in others)
+    few = evaluate(Stub(), documents[:4])["settings"]["carried"]
+    assert few["intervals"] == {}
+
+
 def test_one_setting_has_no_worth(documents):
     result = evaluate(Stub(), documents, settings=["emptied"])
     assert list(result["settings"]) == ["emptied"]
@@ -236,5 +343,11 @@ def test_unreadable_documents_are_named(documents, ids, start_id, message):
 def test_nothing_to_score_is_refused(documents):
     with pytest.raises(ValueError, match="no documents"):
         evaluate(Stub(), [])
-    with pytest.raises(ValueError, match="should be some of"):
+    with pytest.raises(ValueError, match=r"'forgotten' should be one of .*queue_N"):
         evaluate(Stub(), documents, settings=["forgotten"])
+    with pytest.raises(ValueError, match="'queue_0' should be one of"):
+        evaluate(melodi(), documents, settings=["queue_0"])
+    with pytest.raises(ValueError, match="settings are missing"):
+        evaluate(melodi(), documents, settings=[])
+    with pytest.raises(ValueError, match="'long_off' takes out long-term memory"):
+        evaluate(transformer_xl(), documents, settings=["carried", "long_off"])

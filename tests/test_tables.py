@@ -18,6 +18,7 @@ from melodi_hf.data.text import Document
 from melodi_hf.data.tokens import train_tokenizer
 from melodi_hf.evaluation import plots, tables
 from melodi_hf.evaluation.cards import describe_memory, write_card
+from melodi_hf.evaluation.intervals import describe_bootstrap
 
 ROOT = Path(__file__).parents[1]
 WINDOW = 8
@@ -143,6 +144,83 @@ def test_one_setting_alone_has_no_worth(results):
     evaluation["worth"] = None
     assert tables.position_table(evaluation).endswith("| 64 to 127 | 20 | 4.000 |  |")
     assert "%" not in tables.evaluation_table(evaluation)
+
+
+@pytest.fixture
+def measured(results):
+    """An evaluation of all parts of the memory, with intervals."""
+    evaluation = results["evaluation"]
+    settings = evaluation["settings"]
+    for name, perplexity in (("long_off", 3.6), ("queue_1", 3.3), ("queue_16", 3.1)):
+        settings[name] = setting([5.0, 4.75, 4.5, 4.0, perplexity])
+    for name, found in settings.items():
+        perplexity = found["perplexity_per_token"]
+        found["intervals"] = {
+            "perplexity_per_token": [perplexity - 0.5, perplexity + 0.5],
+            "perplexity_per_word": [11.0, 14.0],
+            "bits_per_byte": [0.45, 0.5],
+        }
+        if name != "carried":
+            found["above_carried"] = perplexity / 3 - 1
+            apart = [perplexity / 3 - 1.01, perplexity / 3 - 0.98]
+            found["intervals"]["above_carried"] = apart
+        if name != "emptied":
+            found["worth"] = 1 - perplexity / 4
+            found["intervals"]["worth"] = [0.75 - perplexity / 4, 1.125 - perplexity / 4]
+    settings["carried"]["by_position"][-1]["intervals"] = {"worth": [0.2, 0.3]}
+    evaluation["bootstrap"] = describe_bootstrap(9)
+    return evaluation
+
+
+def test_intervals_stand_in_brackets_beside_their_numbers(measured, root, results):
+    carried, emptied, long_off, *_ = tables.evaluation_table(measured).splitlines()[2:]
+    assert carried == (
+        "| carried | 84 | 3.000 (2.500 to 3.500) | 12.50 (11.00 to 14.00) "
+        "| 0.480 (0.450 to 0.500) | 25.0% (0.0% to 37.5%) |"
+    )
+    assert emptied.endswith("| 0.480 (0.450 to 0.500) |  |")
+    assert "| long_off | 84 | 3.600 (3.100 to 4.100) |" in long_off
+    assert long_off.endswith("| 10.0% (-15.0% to 22.5%) |")
+    (root / "model_cards/results/tiny.json").write_text(json.dumps(results))
+    line = tables.results_table([root / "model_cards/results/tiny.json"]).splitlines()[2]
+    assert line.endswith("| 84 | 3.000 (2.500 to 3.500) | 12.50 | 0.480 | 25.0% |")
+    assert "| 64 to 127 | 20 | 3.000 | 4.000 | 3.600 | 25.0% (20.0% to 30.0%) |" in (
+        tables.position_table(measured)
+    )
+
+
+def test_what_each_part_of_the_memory_does(measured, root, results):
+    lines = tables.memory_table(measured).splitlines()
+    assert lines[0] == "| memory | perplexity per token | above carried | worth of the memory |"
+    assert lines[2] == "| carried | 3.000 |  | 25.0% (0.0% to 37.5%) |"
+    assert lines[3] == "| emptied | 4.000 | +33.3% (+32.3% to +35.3%) |  |"
+    assert lines[4] == "| long_off | 3.600 | +20.0% (+19.0% to +22.0%) | 10.0% (-15.0% to 22.5%) |"
+    (root / "model_cards/results/tiny.json").write_text(json.dumps(results))
+    assert tables.tables(root)["memory/tiny"] == tables.memory_table(measured)
+
+
+def test_the_plot_of_sizes_shows_each_of_them_with_its_interval(measured, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.plot_by_memory_size(measured, tmp_path / "sizes")
+    (axes,) = drawn[0].axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "1", "16", "all"]
+    assert axes.lines[0].get_ydata().tolist() == [3.6, 3.3, 3.1, 3.0]
+    (bars,) = axes.containers[0].lines[2]
+    heights = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert heights[0] == pytest.approx([3.57, 3.66])  # 3 times 1 + 0.19 and 1 + 0.22
+    assert heights[3] == [3.0, 3.0]
+    assert [text.get_text() for text in axes.texts] == ["memory emptied", "memory carried"]
+
+
+def test_the_plot_by_position_has_one_line_per_part(measured, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.plot_by_position(measured, tmp_path / "position")
+    (axes,) = drawn[0].axes
+    words = [text.get_text() for text in axes.texts]
+    assert words == ["memory carried", "memory emptied", "without long-term"]
+    assert list(axes.lines[2].get_ydata()) == [5.0, 4.75, 4.5, 4.0, 3.6]
 
 
 def test_blocks_of_a_file_are_renewed(root):
@@ -273,6 +351,15 @@ def test_card_shows_the_plot_if_there_is_one(run_dir, results):
     assert "](perplexity_by_position.png)" not in write_card(run_dir, results).read_text()
     plots.plot_by_position(results["evaluation"], run_dir / "perplexity_by_position")
     assert "](perplexity_by_position.png)" in write_card(run_dir, results).read_text()
+
+
+def test_card_says_what_the_brackets_are(run_dir, results, measured):
+    text = write_card(run_dir, results).read_text()
+    assert "3.000 (2.500 to 3.500)" in text
+    assert "In brackets: where 95% of 2,000 resamples of the documents lie" in text
+    assert tables.memory_table(measured) in text
+    measured["bootstrap"] = describe_bootstrap(2)
+    assert "2 documents are too few for intervals" in write_card(run_dir, results).read_text()
 
 
 def test_a_run_may_continue_nothing(run_dir, results):

@@ -1,12 +1,13 @@
-"""Perplexity of a model on whole documents, with its memory and without.
+"""Perplexity of a model on whole documents, with its memory, with parts of it, and without.
 
     python training/evaluate.py runs/quickstart --data books_test.jsonl.gz --output results.json
+    python training/evaluate.py runs/quickstart --settings carried emptied long_off queue_4
+    python training/evaluate.py runs/quickstart --settings all
 
 Without --data it reads those sources of Python's standard library that are held out of training.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,18 @@ from pathlib import Path
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
 
 from documents import describe
+from record import environment, write_json
 
 from melodi_hf.data.prepared import prepare_documents
 from melodi_hf.data.text import Source, read_documents, standard_library_documents
 from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
-from melodi_hf.evaluation.perplexity import READERS, evaluate_perplexity
-from melodi_hf.evaluation.tables import evaluation_table, position_table
+from melodi_hf.evaluation.perplexity import (
+    READERS,
+    check_settings,
+    evaluate_perplexity,
+    settings_of,
+)
+from melodi_hf.evaluation.tables import evaluation_table, memory_table, position_table
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -31,7 +38,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="if it is not in the model's folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the JSON")
     parser.add_argument("--limit-documents", type=int, metavar="N", help="only the first N")
-    parser.add_argument("--settings", nargs="+", choices=READERS, default=list(READERS))
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        metavar="NAME",
+        default=["carried", "emptied"],
+        help=f"{', '.join(READERS)}, queue_N (N windows are kept), or all that differ",
+    )
     parser.add_argument("--segment-windows", type=int, default=8, help="windows in one forward")
     parser.add_argument("--num-rows", type=int, default=8, help="documents side by side")
     return parser.parse_args(arguments)
@@ -47,20 +60,30 @@ def source(options: argparse.Namespace) -> Source:
 def evaluate(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     tokenizer = load_its_tokenizer(model, options.tokenizer or options.model)
+    settings = settings_of(model) if options.settings == ["all"] else options.settings
+    check_settings(settings, model)  # before the documents are prepared, which takes long
     documents = prepare_documents(source(options), tokenizer)
     print(describe(documents, "score"), end="\n\n")
     evaluation = evaluate_perplexity(
         model,
         documents,
         start_id=tokenizer.eos_token_id,  # eos begins every document
-        settings=options.settings,
+        settings=settings,
         segment_windows=options.segment_windows,
         num_rows=options.num_rows,
     )
-    print(evaluation_table(evaluation), position_table(evaluation), sep="\n\n")
+    parts = [memory_table(evaluation)] if len(settings) > 2 else []
+    print(evaluation_table(evaluation), *parts, position_table(evaluation), sep="\n\n")
     if options.output is not None:
-        results = {**evaluation, "data": documents.as_dict()}
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        results = {
+            "name": Path(options.model).resolve().name,
+            "data": documents.as_dict(),
+            **environment(),
+            "parameters": model.num_parameters(),
+            "memory_floats": model.config.memory_floats(),
+            "evaluation": evaluation,
+        }
+        write_json(options.output, results)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

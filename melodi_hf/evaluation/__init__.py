@@ -1,10 +1,14 @@
 """Logits become numbers, numbers become tables: read these files in this order.
 
-perplexity     whole documents through the memory, scored with it and without
+perplexity     whole documents through the memory, scored with it, with parts of it, and without
+intervals      how sure a perplexity is, and a difference
+variants       runs of several variants and seeds, compared
 continuation   documents of any length, continued from what the memory holds
 tables, plots  results as Markdown and as pictures
 cards          the model card of a run
 loading        models from folders and from the Hub
+
+word_perplexity is a metric for Hugging Face's `evaluate`, in a folder that needs nothing of ours.
 """
 
 from melodi_hf.evaluation.continuation import continue_text, read_and_continue

@@ -11,10 +11,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import melodi_hf  # noqa: F401  AutoConfig knows our models from now on
 from melodi_hf.evaluation.tables import (
+    Evaluation,
     Results,
     evaluation_table,
     format_cell,
     markdown_table,
+    memory_table,
     percent,
     position_table,
 )
@@ -213,7 +215,8 @@ def describe_evaluation(results: Results, run_dir: Path) -> str:
         evaluation_table(evaluation),
         f"{evaluation['documents']} whole documents that were not trained on, each token scored "
         "once. Carried: the memory goes from window to window; emptied: it is emptied before every "
-        f"window. One run, seed {results['seed']}.",
+        f"window. {describe_intervals(evaluation)}One run, seed {results['seed']}.",
+        *describe_parts(evaluation),
         position_table(evaluation),
     ]
     if (run_dir / PLOT).is_file():
@@ -221,6 +224,30 @@ def describe_evaluation(results: Results, run_dir: Path) -> str:
     if results["continuation"] is not None:
         parts += describe_continuation(results["continuation"])
     return "\n\n".join(parts)
+
+
+def describe_intervals(evaluation: Evaluation) -> str:
+    """What the brackets mean; nothing where there are none."""
+    bootstrap = evaluation.get("bootstrap")
+    if bootstrap is None:
+        return ""
+    if bootstrap["documents"] < bootstrap["fewest_documents"]:
+        return f"{bootstrap['documents']} documents are too few for intervals. "
+    return (
+        f"In brackets: where {bootstrap['level']:.0%} of {bootstrap['resamples']:,} resamples of "
+        f"the documents lie ({bootstrap['method']}). "
+    )
+
+
+def describe_parts(evaluation: Evaluation) -> list[str]:
+    """What each part of the memory does, if that was measured."""
+    if evaluation["settings"].keys() <= {"carried", "emptied"}:
+        return []
+    return [
+        memory_table(evaluation),
+        "short_off and long_off: this kind of memory is emptied before every window; queue_N: of "
+        "the long-term memory no more is kept than what the newest N windows left.",
+    ]
 
 
 def describe_continuation(continuation: dict[str, Any]) -> list[str]:

@@ -1,20 +1,29 @@
 """Perplexity of whole documents, read through a memory from their first token to their last.
 
-Every token is scored once, the first one from the start token. Two settings read the same windows:
+Every token is scored once, the first one from the start token. All settings read the same windows:
 
-    carried   the memory goes from each window to the next, as in training
-    emptied   the memory is emptied before every window: each is read as if a document began there
+    carried     the memory goes from each window to the next, as in training
+    emptied     the memory is emptied before every window: each is read as if a document began there
+    short_off   the short-term memory is emptied before every window, the long-term one is carried
+    long_off    the long-term memory is emptied before every window, the short-term one is carried
+    queue_4     before every window, the long-term memory keeps what the newest 4 windows left
 
-What the memory is worth is the part of the perplexity that it takes away, 1 - carried / emptied.
+What is taken out is hidden if the model hides empty slots: then a shorter queue is that of a model
+built with fewer windows. Else it is zeros which are attended to, as where a document begins.
+
+What a memory is worth is the part of the perplexity that it takes away, 1 - carried / emptied.
 Perplexity per word is that of PG-19, exp(total NLL / words between blanks), which compares models
-of different tokenizers, as bits per byte do.
+of different tokenizers, as bits per byte do. Intervals: see `intervals`.
 
 Only one segment per row is in memory at a time, so a document may be of any length.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -28,6 +37,18 @@ from transformers import PreTrainedModel
 
 from melodi_hf.data.segments import IGNORED, Segments
 from melodi_hf.data.tokens import EncodedDocument
+from melodi_hf.evaluation.intervals import (
+    FEWEST,
+    describe_bootstrap,
+    interval,
+    resample,
+)
+
+QUEUE = re.compile(r"queue_([1-9]\d*)")
+QUEUES = (1, 4, 16, 64)  # windows, for those who ask for all settings
+PER = {"perplexity_per_token": "tokens", "perplexity_per_word": "words", "bits_per_byte": "bytes"}
+
+Sums = Mapping[str, Any]
 
 
 class Batch(NamedTuple):
@@ -49,22 +70,56 @@ def evaluate_perplexity(
     num_rows: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score every token of the documents; the result is ready for JSON."""
-    refuse_unknown_settings(settings)
+    """Score every token of the documents; the result is ready for JSON.
+
+    start_id: the token before each document, usually eos.
+    settings: as above; `settings_of(model)` names all that differ for a model.
+    segment_windows: windows read in one forward where nothing is taken out between them.
+    num_rows: documents read side by side.
+
+    Raises ValueError for settings that are unknown, or take out what the model does not have, and
+    for documents that it cannot read.
+    """
+    readers = check_settings(settings, model)
     refuse_unreadable(documents, start_id, model.config.vocab_size)
     window = model.config.window_length
     shape = {"segment_windows": segment_windows, "num_rows": num_rows}
     result: dict[str, Any] = {"window_length": window, **shape, "documents": len(documents)}
     result |= totals(documents)
-    result["settings"] = {}
+    result["bootstrap"] = describe_bootstrap(len(documents))
+    tallies, seconds = {}, {}
     with evaluating(model):
-        for setting in settings:
+        for setting, read in readers.items():
             tally, start = Tally(documents, window), perf_counter()
             with progress_bar(setting, result["tokens"], progress) as report:
-                READERS[setting](model, documents, tally, report, start_id=start_id, **shape)
-            result["settings"][setting] = tally.summary(perf_counter() - start)
-    result["worth"] = worth_of_memory(result["settings"])
+                read(model, documents, tally, report, start_id=start_id, **shape)
+            tallies[setting], seconds[setting] = tally, perf_counter() - start
+    result["settings"] = summaries(tallies, seconds)
+    result["worth"] = result["settings"].get("carried", {}).get("worth")
     return result
+
+
+def windows_kept(model) -> dict[str, int]:
+    return model.base_model.windows_kept()
+
+
+def settings_of(model: PreTrainedModel) -> list[str]:
+    """All settings that differ for this model, by the memories that it has."""
+    kept = windows_kept(model)
+    names = ["carried", "emptied"]
+    if {"short", "long"} <= kept.keys():
+        names += ["short_off", "long_off"]
+    return names + [f"queue_{n}" for n in QUEUES if n < kept.get("long", 0)]
+
+
+def reader(setting: str) -> Callable:
+    """How documents are read in a setting, by its name."""
+    queue = QUEUE.fullmatch(setting)
+    if queue:
+        return partial(read_forgetting, windows={"long": int(queue[1])})
+    if setting not in READERS:
+        raise ValueError(f"setting {setting!r} should be one of {sorted(READERS)}, or queue_N")
+    return READERS[setting]
 
 
 def read_carried(model, documents, tally, report, *, start_id, segment_windows, num_rows):
@@ -72,6 +127,20 @@ def read_carried(model, documents, tally, report, *, start_id, segment_windows, 
     length, rows = segment_windows * model.config.window_length, min(num_rows, len(documents))
     memory = None
     for batch in batches(model, documents, length, rows, rows, start_id):
+        nll, memory = score(model, batch, memory=memory, reset_memory=batch.reset_memory)
+        report(*tally.add(batch, nll))
+
+
+def read_forgetting(
+    model, documents, tally, report, *, windows, start_id, segment_windows, num_rows
+):
+    """As carried, window by window; before each, of every kind of memory in `windows` no more is
+    kept than what so many windows left."""
+    length, rows = model.config.window_length, min(num_rows, len(documents))
+    memory = None
+    for batch in batches(model, documents, length, rows, rows, start_id):
+        if memory is not None:
+            memory = model.base_model.forget(memory, **windows)
         nll, memory = score(model, batch, memory=memory, reset_memory=batch.reset_memory)
         report(*tally.add(batch, nll))
 
@@ -84,7 +153,12 @@ def read_emptied(model, documents, tally, report, *, start_id, segment_windows, 
         report(*tally.add(batch, nll))
 
 
-READERS: dict[str, Callable] = {"carried": read_carried, "emptied": read_emptied}
+READERS: dict[str, Callable] = {
+    "carried": read_carried,
+    "emptied": read_emptied,
+    "short_off": partial(read_forgetting, windows={"short": 0}),
+    "long_off": partial(read_forgetting, windows={"long": 0}),
+}
 
 
 def batches(model, documents, length, rows, size, start_id) -> Iterator[Batch]:
@@ -139,9 +213,8 @@ class Tally:
     def __init__(self, documents: Sequence[EncodedDocument], window_length: int):
         self.documents = documents
         self.edges = position_edges(window_length, max(len(d.ids) for d in documents))
-        self.by_document = np.zeros(len(documents))
-        self.by_position = np.zeros(len(self.edges) - 1)
-        self.tokens_by_position = np.zeros(len(self.edges) - 1, dtype=np.int64)
+        self.nll = np.zeros((len(documents), len(self.edges) - 1))
+        self.tokens = np.zeros(self.nll.shape, dtype=np.int64)
 
     def add(self, batch: Batch, nll: Tensor) -> tuple[int, float]:
         """Take in a batch's scores; how many tokens they were, and their sum."""
@@ -153,51 +226,109 @@ class Tally:
         return sum(scored), float(values.sum())
 
     def add_row(self, document: int, offset: int, nll: np.ndarray) -> None:
-        self.by_document[document] += nll.sum()
         positions = np.arange(offset, offset + len(nll))
         bins = np.searchsorted(self.edges, positions, side="right") - 1
-        count = len(self.by_position)
-        self.by_position += np.bincount(bins, weights=nll, minlength=count)
-        self.tokens_by_position += np.bincount(bins, minlength=count)
+        count = len(self.edges) - 1
+        self.nll[document] += np.bincount(bins, weights=nll, minlength=count)
+        self.tokens[document] += np.bincount(bins, minlength=count)
 
-    def summary(self, seconds: float) -> dict[str, Any]:
-        """The setting's numbers; the tokens must be all of them, each once."""
-        counts = totals(self.documents)
-        scored = int(self.tokens_by_position.sum())
-        assert scored == counts["tokens"], f"{scored} tokens scored of {counts['tokens']}"
-        nll = float(self.by_document.sum())
-        return {
+    def check(self) -> None:
+        """The tokens must be all of them, each once."""
+        scored, tokens = int(self.tokens.sum()), totals(self.documents)["tokens"]
+        assert scored == tokens, f"{scored} tokens scored of {tokens}"
+
+
+def summaries(tallies: Mapping[str, Tally], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers of each setting."""
+    first = next(iter(tallies.values()))
+    counts, documents = totals(first.documents), first.documents
+    by_position: dict[str, Any] = {name: tally.nll for name, tally in tallies.items()}
+    by_position["tokens"] = first.tokens
+    whole = {name: table.sum(1) for name, table in by_position.items()}
+    whole |= {"words": [d.num_words for d in documents], "bytes": [d.num_bytes for d in documents]}
+    found = {}
+    for name, tally in tallies.items():
+        tally.check()
+        nll = float(tally.nll.sum())
+        found[name] = {
             "nll": nll,
             **counts,
-            "perplexity_per_token": perplexity(nll, counts["tokens"]),
-            "perplexity_per_word": perplexity(nll, counts["words"]),
-            "bits_per_byte": nll / math.log(2) / counts["bytes"],
-            "seconds": seconds,
-            "tokens_per_second": counts["tokens"] / seconds,
-            "by_position": self.position_rows(),
-            "by_document": self.document_rows(),
+            **measured(name, whole, PER),
+            "seconds": seconds[name],
+            "tokens_per_second": counts["tokens"] / seconds[name],
+            "by_position": position_rows(name, tally.edges, by_position),
+            "by_document": document_rows(tally),
         }
+    return found
 
-    def position_rows(self) -> list[dict[str, Any]]:
-        columns = zip(
-            self.edges[:-1], self.edges[1:], self.tokens_by_position, self.by_position, strict=True
-        )
-        return [
+
+def position_rows(name: str, edges: np.ndarray, sums: Sums) -> list[dict[str, Any]]:
+    """A setting's numbers at each position; sums: documents x positions."""
+    rows = []
+    for i, (low, high) in enumerate(pairwise(edges)):
+        reaching = sums["tokens"][:, i] > 0
+        here = {key: table[reaching, i] for key, table in sums.items()}
+        rows.append(
             {
                 "from": int(low),
                 "to": int(high),
-                "tokens": int(tokens),
-                "nll": float(nll),
-                "perplexity": perplexity(float(nll), int(tokens)),
+                "tokens": int(here["tokens"].sum()),
+                "nll": float(here[name].sum()),
+                **measured(name, here, {"perplexity": "tokens"}),
             }
-            for low, high, tokens, nll in columns
-        ]
+        )
+    return rows
 
-    def document_rows(self) -> list[dict[str, Any]]:
-        return [
-            {"id": d.id, "tokens": len(d.ids), "words": d.num_words, "nll": float(nll)}
-            for d, nll in zip(self.documents, self.by_document, strict=True)
-        ]
+
+def document_rows(tally: Tally) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": d.id,
+            "tokens": len(d.ids),
+            "words": d.num_words,
+            "bytes": d.num_bytes,
+            "nll": float(nll),
+        }
+        for d, nll in zip(tally.documents, tally.nll.sum(1), strict=True)
+    ]
+
+
+def measured(name: str, sums: Sums, per: Mapping[str, str]) -> dict[str, Any]:
+    """What is told of a setting, and the interval of each number if there are enough documents.
+
+    sums: the NLL of each setting and the units that it is divided by, (documents,) each.
+    """
+    totals = {key: np.sum(each) for key, each in sums.items()}
+    found: dict[str, Any] = {
+        key: float(value) if totals[per.get(key, "tokens")] else None
+        for key, value in measures(name, totals, per).items()
+    }
+    found["intervals"] = {}
+    if len(sums["tokens"]) >= FEWEST:
+        drawn = measures(name, resample(sums), per)
+        found["intervals"] = {key: interval(values) for key, values in drawn.items()}
+    return found
+
+
+def measures(name: str, sums: Sums, per: Mapping[str, str]) -> dict[str, Any]:
+    """Perplexities of a setting; its `worth`, the part of the perplexity that is taken away by what
+    it leaves of the memory; and the part by which it is above that of the whole memory.
+
+    sums: of all documents, or (resamples,) of those that were drawn.
+    """
+    nll = sums[name]
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        found = {
+            key: nll / math.log(2) / sums[unit]
+            if key == "bits_per_byte"
+            else np.exp(nll / sums[unit])
+            for key, unit in per.items()
+        }
+    if "emptied" in sums and name != "emptied":
+        found["worth"] = -np.expm1((nll - sums["emptied"]) / sums["tokens"])
+    if "carried" in sums and name != "carried":
+        found["above_carried"] = np.expm1((nll - sums["carried"]) / sums["tokens"])
+    return found
 
 
 def position_edges(window_length: int, longest: int) -> np.ndarray:
@@ -225,16 +356,6 @@ def perplexity(nll: float, count: int) -> float | None:
         return math.exp(nll / count)
     except OverflowError:
         return math.inf
-
-
-def worth_of_memory(settings: dict[str, dict]) -> float | None:
-    """The part of the perplexity per token that the memory takes away."""
-    if not {"carried", "emptied"} <= settings.keys():
-        return None
-    carried, emptied = (
-        settings[name]["nll"] / settings[name]["tokens"] for name in ("carried", "emptied")
-    )
-    return -math.expm1(carried - emptied)
 
 
 @contextmanager
@@ -274,9 +395,20 @@ def progress_bar(setting: str, total: int, shown: bool) -> Iterator[Callable[[in
         yield report
 
 
-def refuse_unknown_settings(settings: Sequence[str]) -> None:
-    if not settings or not set(settings) <= READERS.keys():
-        raise ValueError(f"settings {list(settings)} should be some of {sorted(READERS)}")
+def check_settings(settings: Sequence[str], model: PreTrainedModel) -> dict[str, Callable]:
+    """How each setting is read; refused are those that take out what the model does not have."""
+    if not settings:
+        raise ValueError(f"settings are missing: give some of {sorted(READERS)}, or queue_N")
+    readers = {name: reader(name) for name in settings}
+    for setting, read in readers.items():
+        for kind in getattr(read, "keywords", {}).get("windows", {}):
+            kept = windows_kept(model)
+            if kind not in kept:
+                raise ValueError(
+                    f"setting {setting!r} takes out {kind}-term memory, of which this model has "
+                    "none: leave the setting out, or ask for all that the model has"
+                )
+    return readers
 
 
 def refuse_unreadable(documents: Sequence[EncodedDocument], start_id: int, vocab_size: int) -> None:

@@ -1,54 +1,145 @@
-"""Two plots: perplexity by position in the document, and the loss of a run.
+"""Plots from the JSON of runs: perplexity by position and by size of the memory, losses, variants.
 
-Both are written as PNG and as SVG with selectable text, at the width of a README.
+    python -m melodi_hf.evaluation.plots runs/quickstart/results.json --output plots
+    python -m melodi_hf.evaluation.plots both-0.json both-1.json none-0.json --output plots
+
+The first draws what one run tells. The second compares several runs, whose variants and seeds stand
+in their files or in the names of these (`variants.read_run`). All plots are written as PNG and as
+SVG with selectable text, at the width of a README.
 """
 
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from melodi_hf.evaluation.variants import (
+    Run,
+    by_variant,
+    edges,
+    log_perplexity_by_position,
+    read_run,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {"carried": "#1f5fa8", "emptied": "#c2571a"}
-WORDS = {"carried": "memory carried", "emptied": "memory emptied"}
+COLORS = {
+    "carried": "#1f5fa8",
+    "emptied": "#c2571a",
+    "short_off": "#7a4fa3",
+    "long_off": "#a8870f",
+}
+WORDS = {
+    "carried": "memory carried",
+    "emptied": "memory emptied",
+    "short_off": "without short-term",
+    "long_off": "without long-term",
+}
+CYCLE = ("#1f5fa8", "#c2571a", "#2e8b57", "#7a4fa3", "#a8870f", "#b03060", "#4a8fb5", "#666666")
 INK = "#444444"
+LABEL_GAP = 11  # points from line to line
+
+
+class Label(NamedTuple):
+    """Words beside the end of a line."""
+
+    y: float
+    text: str
+    color: str
 
 
 def plot_by_position(evaluation: dict[str, Any], path: str | Path) -> list[Path]:
-    """One line per setting over the logarithm of the position; the two files written."""
+    """One line per setting over the logarithm of the position; the two files written.
+
+    Queues of different lengths have a plot of their own (`plot_by_memory_size`)."""
     figure, axes = new_figure("tokens into the document", "perplexity per token")
-    window = evaluation["window_length"]
-    scored = {
-        name: [each for each in setting["by_position"] if each["tokens"]]
-        for name, setting in evaluation["settings"].items()
-    }
-    from_below = sorted(scored.items(), key=lambda each: each[1][-1]["perplexity"])
-    # labels keep apart where the lines do not: the lower one below its line, the other above
-    for (name, bins), side in zip(from_below, ("top", "bottom"), strict=False):
-        # the middle of a bin on the logarithmic axis; the first bin begins at 0, which it lacks
-        middles = [np.sqrt(max(each["from"], window / 2) * each["to"]) for each in bins]
+    window, labels, ends = evaluation["window_length"], [], []
+    for name, color in COLORS.items():
+        if name not in evaluation["settings"]:
+            continue
+        by_position = evaluation["settings"][name]["by_position"]
+        bins = [each for each in by_position if each["tokens"]]
+        middles = middles_of([each["from"] for each in bins], [each["to"] for each in bins], window)
         values = [each["perplexity"] for each in bins]
-        axes.plot(middles, values, color=COLORS[name], marker="o", markersize=4, linewidth=1.8)
-        axes.annotate(
-            WORDS[name],
-            (middles[-1], values[-1]),
-            xytext=(8, 0),
-            textcoords="offset points",
-            color=COLORS[name],
-            va=side,
-        )
-    mark_edges(axes, [each["to"] for each in bins])
+        axes.plot(middles, values, color=color, marker="o", markersize=4, linewidth=1.8)
+        labels.append(Label(values[-1], WORDS[name], color))
+        ends = [each["to"] for each in bins]
+    mark_edges(axes, ends)
+    write_labels(figure, axes, labels)
     return save(figure, path)
 
 
-def mark_edges(axes: "Axes", edges: Sequence[int]) -> None:
+def windows_left(setting: str) -> int:
+    """The windows that a setting such as queue_4 leaves in the long-term memory."""
+    return int(setting.removeprefix("queue_"))
+
+
+def middles_of(low: Any, high: Any, window: float) -> np.ndarray:
+    """Of bins, on the logarithmic axis; the first begins at 0, which that axis lacks."""
+    return np.sqrt(np.maximum(low, window / 2) * np.array(high))
+
+
+def plot_by_memory_size(evaluation: dict[str, Any], path: str | Path) -> list[Path]:
+    """Perplexity over the windows that are left in the long-term memory, and without it; the two
+    files written. The bars are the intervals of the differences from the memory carried."""
+    figure, axes = new_figure("windows kept in the long-term memory", "perplexity per token")
+    settings = evaluation["settings"]
+    queues = sorted((name for name in settings if name.startswith("queue_")), key=windows_left)
+    names = [*(["long_off"] if "long_off" in settings else []), *queues, "carried"]
+    values = [settings[name]["perplexity_per_token"] for name in names]
+    places = range(len(names))
+    axes.errorbar(
+        places,
+        values,
+        yerr=bars(settings, names),
+        color=COLORS["carried"],
+        marker="o",
+        markersize=4,
+        linewidth=1.8,
+        elinewidth=1.2,
+        capsize=3,
+    )
+    axes.set_xticks(places, [size_words(name) for name in names])
+    axes.margins(x=0.06)
+    labels = []
+    for name in ("short_off", "emptied"):
+        if name in settings:
+            value = settings[name]["perplexity_per_token"]
+            axes.axhline(value, color=COLORS[name], linewidth=1.2, linestyle=(0, (4, 3)))
+            labels.append(Label(value, WORDS[name], COLORS[name]))
+    labels.append(Label(values[-1], WORDS["carried"], COLORS["carried"]))
+    write_labels(figure, axes, labels)
+    return save(figure, path)
+
+
+def size_words(setting: str) -> str:
+    if setting.startswith("queue_"):
+        return str(windows_left(setting))
+    return {"long_off": "none", "carried": "all"}[setting]
+
+
+def bars(settings: Mapping[str, dict[str, Any]], names: Sequence[str]) -> np.ndarray:
+    """How far the interval of each reaches down and up, in perplexity: (2, names)."""
+    whole = settings["carried"]["perplexity_per_token"]
+    lengths = []
+    for name in names:
+        setting = settings[name]
+        value, interval = setting["perplexity_per_token"], setting.get("intervals", {})
+        low, high = interval.get("above_carried", (value / whole - 1,) * 2)
+        lengths.append((value - whole * (1 + low), whole * (1 + high) - value))
+    return np.maximum(np.array(lengths).T, 0)
+
+
+def mark_edges(axes: "Axes", ends: Sequence[int]) -> None:
     """Ticks where one bin ends and the next begins, the first of them the window's length."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(edges, [short(edge) for edge in edges])
+    axes.set_xticks(ends, [short(end) for end in ends])
     axes.minorticks_off()
 
 
@@ -63,22 +154,134 @@ def short(number: float) -> str:
 def plot_loss(history: Sequence[dict[str, Any]], path: str | Path) -> list[Path]:
     """The training loss over the tokens read, with its running mean; the two files written."""
     figure, axes = new_figure("million tokens read", "loss, nats per token")
+    tokens, losses = curve(history)
+    axes.plot(tokens, losses, color=COLORS["carried"], linewidth=1, alpha=0.35)
+    middles, means = running_mean(tokens, losses)
+    axes.plot(middles, means, color=COLORS["carried"], linewidth=1.8)
+    write_labels(figure, axes, [Label(means[-1], f"{means[-1]:.2f}", COLORS["carried"])])
+    return save(figure, path)
+
+
+def curve(history: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Million tokens read and losses."""
     tokens = np.array([each["tokens"] for each in history]) / 1e6
-    losses = np.array([each["loss"] for each in history])
+    return tokens, np.array([each["loss"] for each in history])
+
+
+def running_mean(tokens: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Over a twentieth of the run: where, and the mean of what lies around."""
     span = max(1, len(losses) // 20)
     means = np.convolve(losses, np.ones(span) / span, mode="valid")
-    axes.plot(tokens, losses, color=COLORS["carried"], linewidth=1, alpha=0.35)
-    middle = slice(span // 2, span // 2 + len(means))
-    axes.plot(tokens[middle], means, color=COLORS["carried"], linewidth=1.8)
-    axes.annotate(
-        f"{means[-1]:.2f}",
-        (tokens[middle][-1], means[-1]),
-        xytext=(6, 0),
-        textcoords="offset points",
-        color=COLORS["carried"],
-        va="center",
-    )
+    return tokens[span // 2 :][: len(means)], means
+
+
+def plot_losses(runs: Sequence[Run], path: str | Path) -> list[Path]:
+    """Running means of the training losses: one thin line per run, one colour per variant."""
+    figure, axes = new_figure("million tokens read", "loss, nats per token")
+    labels, lines = [], []
+    for color, (name, of_variant) in zip(cycle(CYCLE), by_variant(runs).items(), strict=False):
+        ends = []
+        for run in of_variant:
+            middles, means = running_mean(*curve(run.history))
+            axes.plot(middles, means, color=color, linewidth=1.2, alpha=0.8)
+            ends.append(means[-1])
+            lines.append(means)
+        labels.append(Label(float(np.mean(ends)), name, color))
+    # What is compared is the end; the fall of the first quarter would press it flat.
+    axes.set_xlim(left=middles[len(middles) // 4])
+    highest = max(means[len(means) // 4] for means in lines)
+    axes.set_ylim(min(means.min() for means in lines) - 0.05, highest + 0.05)
+    write_labels(figure, axes, labels)
     return save(figure, path)
+
+
+def plot_variants_by_position(runs: Sequence[Run], path: str | Path) -> list[Path]:
+    """Perplexity by position, one line per variant: the mean over its seeds, in a band from the
+    lowest seed to the highest; the two files written."""
+    return plot_bands(runs, path, "perplexity per token", lambda losses, base: np.exp(losses))
+
+
+def plot_differences_by_position(runs: Sequence[Run], path: str | Path) -> list[Path]:
+    """As `plot_variants_by_position`, in percent above the first variant, seed by seed where the
+    seeds are the same; the two files written."""
+    first = next(iter(by_variant(runs)))
+
+    def above(losses, base):
+        apart = losses - (base if base.shape == losses.shape else base.mean(0))
+        return 100 * np.expm1(apart)
+
+    return plot_bands(runs, path, f"% above {first}, perplexity per token", above)
+
+
+def plot_bands(
+    runs: Sequence[Run], path: str | Path, y_label: str, shown: Callable[..., np.ndarray]
+) -> list[Path]:
+    """shown: NLL per token (seeds x positions) and that of the first variant -> what is drawn."""
+    figure, axes = new_figure("tokens into the document", y_label)
+    variants = by_variant(sorted_by_seed(runs))
+    ends = edges(variants)
+    middles = middles_of(ends[:-1], ends[1:], ends[1])
+    losses = {name: log_perplexity_by_position(each) for name, each in variants.items()}
+    base, labels = next(iter(losses.values())), []
+    for color, (name, each) in zip(cycle(CYCLE), losses.items(), strict=False):
+        values = shown(each, base)
+        mean = values.mean(0)
+        axes.fill_between(middles, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
+        axes.plot(middles, mean, color=color, marker="o", markersize=3.5, linewidth=1.6)
+        labels.append(Label(mean[-1], name, color))
+    mark_edges(axes, ends[1:].tolist())
+    write_labels(figure, axes, labels)
+    return save(figure, path)
+
+
+def sorted_by_seed(runs: Sequence[Run]) -> list[Run]:
+    """Each variant's runs by seed, the variants in the order given."""
+    order = list(by_variant(runs))
+    return sorted(runs, key=lambda run: (order.index(run.variant), run.seed or 0))
+
+
+def write_labels(figure: "Figure", axes: "Axes", labels: Sequence[Label]) -> None:
+    """Write words at the right of the lines, moved apart where these end close together."""
+    notes = [
+        axes.annotate(
+            label.text,
+            (1, label.y),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=label.color,
+            va="center",
+        )
+        for label in labels
+    ]
+    figure.draw_without_rendering()  # settles where in the figure the lines end
+    points = 72 / figure.dpi
+    heights = [axes.transData.transform((0, each.y))[1] * points for each in labels]
+    lowest = axes.bbox.y0 * points + LABEL_GAP / 2
+    free = apart(heights, LABEL_GAP, lowest)
+    for note, before, height in zip(notes, heights, free, strict=True):
+        note.xyann = (4, height - before)
+
+
+def apart(heights: Sequence[float], gap: float, lowest: float) -> list[float]:
+    """The heights, moved as little as keeps each `gap` or more above the one below it, the first
+    above `lowest`."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    groups: list[tuple[float, int]] = []  # centre and number of labels that touch
+    for i in order:
+        groups.append((heights[i], 1))
+        while len(groups) > 1:
+            (low, below), (high, above) = groups[-2:]
+            if high - low >= gap * (below + above) / 2:
+                break
+            groups[-2:] = [((low * below + high * above) / (below + above), below + above)]
+    free: dict[int, float] = {}
+    for centre, number in groups:
+        for place in range(number):
+            height = max(centre + gap * (place - (number - 1) / 2), lowest)
+            free[order[len(free)]] = height
+            lowest = height + gap
+    return [free[i] for i in range(len(heights))]
 
 
 def new_figure(x_label: str, y_label: str) -> "tuple[Figure, Axes]":
@@ -105,3 +308,43 @@ def save(figure: "Figure", path: str | Path) -> list[Path]:
         figure.savefig(files[0], dpi=160)
         figure.savefig(files[1], metadata={"Date": None})
     return files
+
+
+def plot_run(run: Run, folder: Path) -> list[Path]:
+    """All that one run tells."""
+    files = plot_by_position(run.evaluation, folder / "perplexity_by_position")
+    settings = run.evaluation["settings"]
+    if "carried" in settings and any(name.startswith("queue_") for name in settings):
+        files += plot_by_memory_size(run.evaluation, folder / "perplexity_by_memory_size")
+    if run.history:
+        files += plot_loss(run.history, folder / "loss")
+    return files
+
+
+def plot_runs(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """What several runs tell together."""
+    files = plot_variants_by_position(runs, folder / "variants_by_position")
+    if len(by_variant(runs)) > 1:
+        files += plot_differences_by_position(runs, folder / "differences_by_position")
+    if all(run.history for run in runs):
+        files += plot_losses(runs, folder / "losses")
+    return files
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw what the JSON of runs tells.")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of training or evaluation")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    options = parser.parse_args(arguments)
+    try:
+        runs = [read_run(path) for path in options.results]
+        options.output.mkdir(parents=True, exist_ok=True)
+        alone = len(runs) == 1
+        files = plot_run(runs[0], options.output) if alone else plot_runs(runs, options.output)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    sys.stdout.write("".join(f"{file}\n" for file in files))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,8 @@
 """Results become tables, plots and model cards; nobody types a number.
 
-    model_cards/results/<recipe>.json   what a run measured
-    benchmarks/results/<name>.json      what a benchmark measured
+    model_cards/results/<recipe>.json                         what a run measured
+    model_cards/results/<comparison>/<variant>-<seed>.json    runs that are compared
+    benchmarks/results/<name>.json                            what a benchmark measured
 
 `python -m melodi_hf.evaluation.tables README.md` renews every block of a file that stands between
 `<!-- table: NAME -->` and `<!-- end -->`; model_cards/README.md lists the names.
@@ -10,15 +11,19 @@
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from melodi_hf.evaluation.variants import Run, by_variant, difference, perplexities, read_run
 
 Results = dict[str, Any]  # the JSON of one run
 Evaluation = dict[str, Any]  # what evaluate_perplexity returns
 
 OPENING = "<!-- table: "
 BLOCK = re.compile(rf"({OPENING}(\S+) -->\n)(?:(?!{OPENING}).)*?(<!-- end -->)", re.DOTALL)
+METRICS = ("perplexity_per_token", "perplexity_per_word", "bits_per_byte")
 EVALUATION_HEADERS = [
     "memory",
     "tokens scored",
@@ -27,6 +32,20 @@ EVALUATION_HEADERS = [
     "bits per byte",
     "worth of the memory",
 ]
+
+
+class Estimate(NamedTuple):
+    """A number and its interval, if it has one."""
+
+    value: float | None
+    interval: Sequence[float] | None = None
+
+    def __str__(self):
+        return with_interval(*map(format_cell, (self.value, *(self.interval or ()))))
+
+
+def with_interval(value: str, low: str | None = None, high: str | None = None) -> str:
+    return value if low is None else f"{value} ({low} to {high})"
 
 
 def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -47,7 +66,7 @@ def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 def is_numeric(column: Sequence[Any]) -> bool:
     """Whether a column holds numbers and blanks only."""
     cells = [cell for cell in column if cell is not None]
-    return bool(cells) and all(type(cell) in (int, float) for cell in cells)
+    return bool(cells) and all(type(cell) in (int, float, Estimate) for cell in cells)
 
 
 def format_cell(cell: Any) -> str:
@@ -63,8 +82,12 @@ def format_cell(cell: Any) -> str:
     return f"{cell:.2f}" if abs(cell) >= 10 else f"{cell:.3f}"
 
 
-def percent(part: float | None) -> str | None:
-    return None if part is None else f"{100 * part:.1f}%"
+def percent(
+    part: float | None, interval: Sequence[float] | None = None, form: str = ".1f"
+) -> str | None:
+    if part is None:
+        return None
+    return with_interval(*(f"{100 * each:{form}}%" for each in (part, *(interval or ()))))
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Results]:
@@ -73,11 +96,11 @@ def read_results(paths: Iterable[str | Path]) -> list[Results]:
 
 
 def results_table(paths: Iterable[str | Path]) -> str:
-    """One row per recipe and setting."""
+    """One row per recipe and setting; of the intervals only the first, as it is wide enough."""
     rows = [
         [results["name"], results["parameters"], results["memory_floats"], *row]
         for results in read_results(paths)
-        for row in evaluation_rows(results["evaluation"])
+        for row in evaluation_rows(results["evaluation"], ["perplexity_per_token"])
     ]
     headers = ["recipe", "parameters", "numbers remembered", *EVALUATION_HEADERS]
     return markdown_table(headers, rows)
@@ -88,33 +111,99 @@ def evaluation_table(evaluation: Evaluation) -> str:
     return markdown_table(EVALUATION_HEADERS, evaluation_rows(evaluation))
 
 
-def evaluation_rows(evaluation: Evaluation) -> list[list[Any]]:
-    """What the memory is worth stands in the row where it is carried."""
-    return [
+def evaluation_rows(
+    evaluation: Evaluation, with_intervals: Sequence[str] = (*METRICS, "worth")
+) -> list[list[Any]]:
+    """In each row stands what the memory is worth of which it tells."""
+    rows = []
+    for name, setting in evaluation["settings"].items():
+        known = setting.get("intervals", {})
+        shown = {key: known.get(key) for key in with_intervals}
+        metrics = [Estimate(setting[key], shown.get(key)) for key in METRICS]
+        rows.append(
+            [
+                name,
+                setting["tokens"],
+                *metrics,
+                percent(worth_in(evaluation, name), shown.get("worth")),
+            ]
+        )
+    return rows
+
+
+def worth_in(evaluation: Evaluation, name: str) -> float | None:
+    """What the memory of a setting is worth; older results tell it of the whole memory alone."""
+    whole = evaluation["worth"] if name == "carried" else None
+    return evaluation["settings"][name].get("worth", whole)
+
+
+def memory_table(evaluation: Evaluation) -> str:
+    """What each part of the memory does: by how much perplexity rises without it."""
+    rows = [
         [
             name,
-            setting["tokens"],
-            setting["perplexity_per_token"],
-            setting["perplexity_per_word"],
-            setting["bits_per_byte"],
-            percent(evaluation["worth"]) if name == "carried" else None,
+            Estimate(setting["perplexity_per_token"]),
+            percent(setting.get("above_carried"), interval_in(setting, "above_carried"), "+.1f"),
+            percent(worth_in(evaluation, name), interval_in(setting, "worth")),
         ]
         for name, setting in evaluation["settings"].items()
     ]
+    headers = ["memory", "perplexity per token", "above carried", "worth of the memory"]
+    return markdown_table(headers, rows)
+
+
+def interval_in(part: Mapping[str, Any], key: str) -> Sequence[float] | None:
+    return part.get("intervals", {}).get(key)
+
+
+def variants_table(runs: Iterable[Run], base: str | None = None) -> str:
+    """One row per variant: its perplexity over seeds, and how far it is above that of a base, the
+    first unless it is named: with its interval over documents, and from seed to seed."""
+    variants = by_variant(runs)
+    base = base or next(iter(variants))
+    rows = []
+    for name, of_variant in variants.items():
+        found = perplexities(of_variant)
+        spread = f" ± {format_cell(statistics.stdev(found))}" if len(found) > 1 else ""
+        row = [name, len(found), f"{format_cell(statistics.mean(found))}{spread}", None, None]
+        if name != base:
+            apart = difference(variants[base], of_variant)
+            row[3] = percent(apart.change, apart.interval, "+.1f")
+            row[4] = seed_range(list(apart.by_seed.values()))
+        rows.append(row)
+    headers = [
+        "variant",
+        "seeds",
+        "perplexity per token",
+        f"above {base}, 95% over documents",
+        "from seed to seed",
+    ]
+    return markdown_table(headers, rows)
+
+
+def seed_range(changes: Sequence[float]) -> str | None:
+    """The least and the greatest, if there are two."""
+    if len(changes) < 2:
+        return None
+    return f"{percent(min(changes), form='+.1f')} to {percent(max(changes), form='+.1f')}"
 
 
 def position_table(evaluation: Evaluation) -> str:
-    """Perplexity by how far into its document a token stands, one column per setting."""
-    settings = evaluation["settings"]
+    """Perplexity by how far into its document a token stands, one column per setting but those of
+    shorter queues, which differ too little to be read here."""
+    settings = {
+        name: each for name, each in evaluation["settings"].items() if not name.startswith("queue_")
+    }
     rows = []
     for bins in zip(*(setting["by_position"] for setting in settings.values()), strict=True):
-        perplexities = dict(zip(settings, (each["perplexity"] for each in bins), strict=True))
+        at = dict(zip(settings, bins, strict=True))
+        perplexities = {name: each["perplexity"] for name, each in at.items()}
         rows.append(
             [
                 f"{bins[0]['from']:,} to {bins[0]['to'] - 1:,}",
                 bins[0]["tokens"],
                 *perplexities.values(),
-                percent(worth(perplexities)),
+                percent(worth(perplexities), interval_in(at.get("carried", {}), "worth")),
             ]
         )
     return markdown_table(
@@ -144,9 +233,21 @@ def tables(root: str | Path) -> dict[str, str]:
     for path, results in zip(runs, read_results(runs), strict=True):
         found[f"results/{path.stem}"] = evaluation_table(results["evaluation"])
         found[f"position/{path.stem}"] = position_table(results["evaluation"])
+        found[f"memory/{path.stem}"] = memory_table(results["evaluation"])
+    for folder in sorted(Path(root, "model_cards/results").glob("*/")):
+        found |= variants_tables(folder)
     for path in sorted(Path(root, "benchmarks/results").glob("*.json")):
         found[f"benchmarks/{path.stem}"] = benchmark_table(path)
     return found
+
+
+def variants_tables(folder: Path) -> dict[str, str]:
+    """The variants of a comparison, against the first, and against each that a block names."""
+    runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
+    found = {
+        f"variants/{folder.name}/{name}": variants_table(runs, name) for name in by_variant(runs)
+    }
+    return found | {f"variants/{folder.name}": variants_table(runs)} if runs else {}
 
 
 def renew_blocks(text: str, known: Mapping[str, str]) -> str:

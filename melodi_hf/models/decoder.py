@@ -47,6 +47,7 @@ from .refusals import (
     refuse_foreign_memory,
     refuse_infinite_weights,
     refuse_packed_rows,
+    refuse_unforgettable,
     refuse_unknown_ids,
 )
 from .windows import Progress, make_plan
@@ -93,6 +94,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     window_axis: ClassVar[dict[str, int]] = {}  # of the fields that grow with the open window
     changed_by_closing: ClassVar[tuple[str, ...]] = ()  # the fields that a new window finds changed
+    kinds: ClassVar[dict[str, tuple[str, ...]]] = {}  # "short" and "long" -> their fields
 
     memory_type: ClassVar[type]  # the NamedTuple
     attention_map: AttentionMap
@@ -103,6 +105,26 @@ class DecoderLayer(GradientCheckpointingLayer):
         For generation the open window has all its slots; in training it has those that are read.
         """
         raise NotImplementedError
+
+    def slots_per_window(self) -> dict[str, int]:
+        """Slots that a window leaves in each kind of memory, 0 if there is none of the kind."""
+        raise NotImplementedError
+
+    def windows_kept(self) -> dict[str, int]:
+        """How many windows back each kind of memory reaches that this layer has."""
+        per_window, shapes = self.slots_per_window(), self.memory_shapes()
+        slots = {kind: max(shapes[name][-2] for name in self.kinds[kind]) for kind in per_window}
+        return {kind: -(-slots[kind] // n) for kind, n in per_window.items() if n}
+
+    def forget(self, memory, windows: dict[str, int]):
+        """`memory` with what the newest so many windows left in each kind, and zeros before it."""
+        per_window = self.slots_per_window()
+        cut = {
+            name: keep_newest(getattr(memory, name), count * per_window[kind])
+            for kind, count in windows.items()
+            for name in self.kinds.get(kind, ())
+        }
+        return memory._replace(**cut)
 
     def position_bias(self, chunk):
         """H T J or B H T J, for the queries of a chunk."""
@@ -238,6 +260,34 @@ class DecoderModel(DecoderPreTrainedModel):
                 told[f"{name}/{i}"] = figure
         return told
 
+    def windows_kept(self) -> dict[str, int]:
+        """The kinds of memory that the model has, "short" and "long" -> how many windows of the
+        past each holds; a short-term memory is what the last window left."""
+        kept: dict[str, int] = {}
+        for layer in cast("list[DecoderLayer]", list(self.layers)):
+            for kind, windows in layer.windows_kept().items():
+                kept[kind] = max(windows, kept.get(kind, 0))
+        return kept
+
+    def forget(self, memory: Memory, **windows: int) -> Memory:
+        """`memory`, taken between two windows, of which each kind named holds what the newest so
+        many windows left: `forget(memory, short=0, long=4)`. What was taken out is empty, and
+        hidden if the configuration hides empty slots.
+
+        Raises `ValueError` for a kind that the model does not have, and amid a window.
+        """
+        refuse_unforgettable(memory, windows, self.windows_kept())
+        layers = cast("list[DecoderLayer]", list(self.layers))
+        cut = tuple(
+            layer.forget(held, windows) for layer, held in zip(layers, memory.layers, strict=True)
+        )
+        read = memory.progress.tokens_read // self.config.window_length
+        forgotten = dict(memory.progress.forgotten)
+        for kind, count in windows.items():
+            before = forgotten.get(kind, torch.zeros_like(read))
+            forgotten[kind] = torch.maximum(before, read - count)
+        return Memory(cut, memory.progress._replace(forgotten=forgotten))
+
     def streams(self, x, plan):
         """What flows from layer to layer: the tokens, and whatever a system lets ride with them."""
         return (x,)
@@ -280,6 +330,7 @@ class DecoderModel(DecoderPreTrainedModel):
         mask = real_columns(attention_mask, x, past_key_values)
         refuse_packed_rows(mask, **kwargs)
         plan = make_plan(before.progress, x.shape[1], mask, self.config.window_length)
+        plan.leave_out(before.progress.forgotten)
         cache = past_key_values
         if cache is not None and mask is not None and not cache.layers[0].knows_output:
             refuse_empty_rows(mask)
@@ -446,6 +497,12 @@ def carry_forward(x, mask, cache):
     before = torch.zeros_like(x[:, :1]) if cache is None else cache.layers[0].output[:, -1:]
     found = x.gather(1, last.clamp(min=0).expand_as(x))
     return torch.where(last < 0, before.to(x.dtype), found)
+
+
+def keep_newest(tensor, slots):
+    """Zeros in all but the last `slots` of ... M K."""
+    gone = tensor.shape[-2] - min(slots, tensor.shape[-2])
+    return torch.cat((torch.zeros_like(tensor[..., :gone, :]), tensor[..., gone:, :]), dim=-2)
 
 
 def detach(memory):

@@ -122,6 +122,10 @@ class MelodiLayer(DecoderLayer):
     memory_type = MelodiMemory
     window_axis = {"keys": 2, "values": 2, "outputs": 1}  # noqa: RUF012
     changed_by_closing = ("short", "long", "long_keys", "long_values")
+    kinds = {  # noqa: RUF012
+        "short": ("short",),
+        "long": ("long", "long_keys", "long_values"),
+    }
     long_length = 0
 
     def __init__(self, config, layer_idx):
@@ -153,6 +157,10 @@ class MelodiLayer(DecoderLayer):
             "outputs": (window, hidden),
         }
 
+    def slots_per_window(self):
+        short, pushed = self.config.num_short_memory_tokens, self.config.num_long_memory_tokens
+        return {"short": short, "long": pushed if self.long_length else 0}
+
     def forward(self, x, summaries, *memory, plan):
         # x: B T D; summaries: lanes C U D, C the windows that close in this call
         num_summaries = self.config.num_summary_tokens
@@ -181,7 +189,7 @@ class MelodiLayer(DecoderLayer):
             (memory.keys, memory.values), lambda: self.recall(memory.short), 2, num_short
         )
         keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
-        filled = (chunk.windows_read > 0) * num_short
+        filled = (chunk.windows_held("short") > 0) * num_short
         attended = self.self_attn(
             q, keys, values, bias, num_short, filled, chunk.in_order, chunk.weights
         )
@@ -262,7 +270,7 @@ class LongTermMelodiLayer(MelodiLayer):
         return pushed.clamp(max=self.long_length)
 
     def consult_queue(self, q, attended, memory, chunk):
-        slots, filled = self.long_length, self.filled_slots(chunk.windows_read)
+        slots, filled = self.long_length, self.filled_slots(chunk.windows_held("long"))
         remembered = self.self_attn(q, memory.long_keys, memory.long_values, None, slots, filled)
         gate = self.gate.sigmoid()[:, None].to(attended.dtype)
         return torch.lerp(remembered, attended, gate.expand_as(attended))

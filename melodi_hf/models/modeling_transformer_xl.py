@@ -40,6 +40,7 @@ class TransformerXLLayer(DecoderLayer):
     memory_type = WindowMemory
     window_axis = {"keys": 2, "values": 2}  # noqa: RUF012
     changed_by_closing = ("keys", "values")
+    kinds = {"short": ("keys", "values")}  # noqa: RUF012
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -57,6 +58,9 @@ class TransformerXLLayer(DecoderLayer):
         return dict.fromkeys(
             ("keys", "values"), (config.num_attention_heads, slots, config.head_dim)
         )
+
+    def slots_per_window(self):
+        return {"short": self.config.window_length}
 
     def forward(self, x, *memory, plan):
         # x: B T D
@@ -86,7 +90,7 @@ class TransformerXLLayer(DecoderLayer):
             memory, lambda: tuple(t[:, :, :length] for t in memory), 2, length
         )
         keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
-        filled = (chunk.windows_read > 0) * length
+        filled = (chunk.windows_held("short") > 0) * length
         attended = self.self_attn(
             q, keys, values, bias, length, filled, chunk.in_order, chunk.weights
         )

@@ -141,6 +141,26 @@ def refuse_foreign_memory(memory, layers, batch_size):
         refuse_foreign_layer(i, held, layer.memory_shapes(), layer.window_axis)
 
 
+def refuse_unforgettable(memory, windows, kept):
+    """What is taken out of a memory is one of its kinds, in whole windows.
+
+    windows: kind -> the windows that are to stay; kept: kind -> those that the model holds.
+    """
+    for kind, count in windows.items():
+        if kind not in kept:
+            raise ValueError(
+                f"there is no {kind}-term memory to forget: this model has "
+                f"{' and '.join(kept) or 'none of any kind'}"
+            )
+        if count < 0:
+            raise ValueError(f"{kind}={count} windows should stay: give 0 or more")
+    if memory.progress.fill != 0:
+        raise ValueError(
+            "memory was taken amid a window: forget where the tokens read are a whole number of "
+            "windows in every row"
+        )
+
+
 def refuse_infinite_weights(named_weights, origin):
     """A model with a NaN in it answers NaN to everything, without a word of where it came from."""
     for name, weight in named_weights:

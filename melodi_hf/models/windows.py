@@ -30,11 +30,15 @@ class Progress(NamedTuple):
 
     tokens_read: Tensor  # B, int64
     fill: int | None  # tokens of the open window if all rows are known to hold as many, else None
+    # Kind of memory -> B, the oldest windows that were taken out of it.
+    forgotten: dict[str, Tensor] = {}  # noqa: RUF012
 
     def restart(self, rows):
         """The rows of a mask (B,) begin a new document."""
-        tokens_read = self.tokens_read.masked_fill(rows.to(self.tokens_read.device), 0)
-        return Progress(tokens_read, 0 if self.fill == 0 else None)
+        rows = rows.to(self.tokens_read.device)
+        tokens_read = self.tokens_read.masked_fill(rows, 0)
+        forgotten = {kind: count.masked_fill(rows, 0) for kind, count in self.forgotten.items()}
+        return Progress(tokens_read, 0 if self.fill == 0 else None, forgotten)
 
 
 class Chunk:
@@ -51,6 +55,7 @@ class Chunk:
         self.tokens, self.fill, self.rows = tokens, fill, rows
         self.closes = fill + tokens == window_length
         self.tokens_read, self.window_length = tokens_read, window_length
+        self.forgotten: dict[str, Tensor] = {}  # as in `Progress`, R
         self.snapshots: list | None = None  # of the memory, and
         self.weights: list | None = None  # of attention: layer by layer, if somebody asks
 
@@ -63,6 +68,10 @@ class Chunk:
     def windows_read(self):
         """Windows that each row has closed before this chunk (R,)."""
         return self.tokens_read // self.window_length
+
+    def windows_held(self, kind):
+        """The latest of them, of which a memory of this kind may hold something (R,)."""
+        return self.windows_read - self.forgotten.get(kind, 0)
 
     @property
     def end(self):
@@ -268,6 +277,13 @@ class Plan:
     def num_closing(self):
         """Windows of a lane that may close in this call."""
         return sum(chunk.closes for chunk in self.chunks)
+
+    def leave_out(self, forgotten):
+        """Tell the chunks, and who reads on, what was taken out of the memory."""
+        self.progress = self.progress._replace(forgotten=forgotten)
+        for chunk in self.chunks:
+            rows = slice(None) if chunk.rows is None else chunk.rows
+            chunk.forgotten = {kind: count[rows] for kind, count in forgotten.items()}
 
     def record(self):
         """Have the chunks remember what a call that goes back would need."""

@@ -1,0 +1,124 @@
+"""Runs of several variants and seeds, compared on the same documents.
+
+What a variant is worth against another has two uncertainties that do not mix: over documents (the
+interval of `intervals.compare`, of the mean over seeds) and over seeds (how far their own
+differences lie apart). Both are told.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from melodi_hf.evaluation.intervals import change, compare, refuse_other_documents
+
+
+class Run(NamedTuple):
+    """What is compared of one run."""
+
+    variant: str
+    seed: int | None
+    evaluation: dict[str, Any]
+    history: list[dict[str, Any]]  # of the training; may be empty
+
+
+class Difference(NamedTuple):
+    """The part by which the perplexity of a variant is above that of another."""
+
+    change: float
+    interval: list[float] | None  # over documents, of the mean over seeds
+    by_seed: dict[int | None, float]  # of the seeds that both have
+
+
+def read_run(path: str | Path) -> Run:
+    """A run from its JSON. Variant and seed stand in it, or in the name of the file or, if that is
+    results.json, of its folder: `both-0.json`, `both-0/results.json`."""
+    path = Path(path)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    name = path.resolve().parent.name if path.name == "results.json" else path.stem
+    parts = re.fullmatch(r"(?P<variant>.+)-(?P<seed>\d+)", name)
+    variant, seed = (parts["variant"], int(parts["seed"])) if parts else (name, None)
+    return Run(
+        results.get("variant", variant),
+        results.get("seed", seed),
+        results["evaluation"],
+        results.get("training", {}).get("history", []),
+    )
+
+
+def by_variant(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each variant, in the order in which the variants come.
+
+    Raises ValueError for a seed that a variant has twice, and for runs on other documents.
+    """
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        before = found.setdefault(run.variant, [])
+        if any(other.seed == run.seed for other in before):
+            raise ValueError(
+                f"variant {run.variant!r} has seed {run.seed} twice: give each run once"
+            )
+        if before:
+            refuse_other_documents(documents(before[0]), documents(run), "tokens")
+        before.append(run)
+    return found
+
+
+def documents(run: Run, setting: str = "carried") -> list[dict[str, Any]]:
+    return run.evaluation["settings"][setting]["by_document"]
+
+
+def perplexities(
+    runs: Iterable[Run], setting: str = "carried", metric: str = "perplexity_per_token"
+) -> list[float]:
+    """One of each seed."""
+    return [run.evaluation["settings"][setting][metric] for run in runs]
+
+
+def mean_by_document(runs: Sequence[Run], setting: str = "carried") -> list[dict[str, Any]]:
+    """`by_document` with the mean NLL over the seeds."""
+    rows = zip(*(documents(run, setting) for run in runs), strict=True)
+    return [{**row[0], "nll": float(np.mean([each["nll"] for each in row]))} for row in rows]
+
+
+def difference(
+    base: Sequence[Run], runs: Sequence[Run], setting: str = "carried", unit: str = "tokens"
+) -> Difference:
+    """How far the runs of a variant are above those of another, on the same documents."""
+    over_documents = compare(mean_by_document(base, setting), mean_by_document(runs, setting), unit)
+    seeds = {run.seed: run.evaluation["settings"][setting] for run in base}
+    own = {run.seed: run.evaluation["settings"][setting] for run in runs}
+    by_seed = {
+        seed: change(seeds[seed]["nll"], own[seed]["nll"], own[seed][unit])
+        for seed in own
+        if seed in seeds
+    }
+    return Difference(**over_documents, by_seed=by_seed)
+
+
+def log_perplexity_by_position(runs: Sequence[Run], setting: str = "carried") -> np.ndarray:
+    """NLL per token, seeds x positions."""
+    rows = [run.evaluation["settings"][setting]["by_position"] for run in runs]
+    return np.array([[each["nll"] / each["tokens"] for each in row] for row in rows])
+
+
+def edges(runs: Mapping[str, Sequence[Run]], setting: str = "carried") -> np.ndarray:
+    """Where the bins of positions begin and end, which must be the same in all runs."""
+    found = {
+        tuple(
+            (each["from"], each["to"], each["tokens"])
+            for each in run.evaluation["settings"][setting]["by_position"]
+        )
+        for of_variant in runs.values()
+        for run in of_variant
+    }
+    if len(found) > 1:
+        raise ValueError(
+            "the runs have other positions, or other tokens at them: compare models of one window "
+            "length on the same documents"
+        )
+    bins = next(iter(found))
+    return np.array([bins[0][0], *(each[1] for each in bins)])
