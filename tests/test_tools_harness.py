@@ -1,9 +1,12 @@
 """lm-evaluation-harness: `hf` runs on our models; `melodi` reads documents to their end."""
 
 import json
+from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 import torch
+from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -127,6 +130,28 @@ def test_a_task_is_evaluated(folder, tmp_path):
     nll = -sum(document_by_hand(lm, text) for text in DOCUMENTS)
     wanted = torch.tensor(nll / sum(len(text) for text in DOCUMENTS)).exp().item()
     assert results["results"]["ours"]["byte_perplexity,none"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_babilong_is_evaluated_where_its_data_is(folder):
+    """Its own prompt, examples and score; the documents are here instead of on the Hub."""
+    tasks = Path(lm_eval.tasks.__file__).parent / "babilong"
+    known = TaskManager(include_path=str(tasks), include_defaults=False)
+    given = {"pretrained": folder, "device": "cpu", "segment_length": 50, "batch_size": 2}
+
+    def ask_for(target):
+        fields = {"input": LONG, "question": "Where is Mary?", "target": target}
+        here = {"custom_dataset": lambda **_: {"qa1": Dataset.from_list([fields])}}
+        group = {"group": "ours", "task": [{"task": "babilong_qa1", **here}]}
+        options = {"task_manager": known, "bootstrap_iters": 0}
+        found = simple_evaluate("melodi", model_args=given, tasks=[group], **options)
+        (sample,) = found["samples"]["babilong_qa1"]
+        assert f"{LONG.strip()}\nWhere is Mary?" in sample["arguments"][0][0]
+        return found["results"]["babilong_qa1"]["acc,none"], sample["resps"][0][0].strip()
+
+    accuracy, answer = ask_for("in no model's vocabulary: 0")
+    assert answer
+    assert accuracy == 0
+    assert ask_for(answer) == (1, answer)
 
 
 def test_it_is_known_by_its_name():

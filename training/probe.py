@@ -1,0 +1,137 @@
+"""What a model remembers: probes of its memory, right answers by distance.
+
+    python training/probe.py runs/quickstart --probe passkey repeat --distances 1024 4096 \
+        --output probes.json
+    python training/probe.py runs/quickstart --files passkey.jsonl.gz --books books.jsonl.gz
+    python training/probe.py runs/quickstart --queue --books books.jsonl.gz --output queue.json
+
+Probes are made of the documents given by --books, or of those sources of Python's standard library
+that are held out of training; recall and copy are made of ids alone. --queue shows where MELODI's
+long-term memory is looked up instead. Plots are written beside the output.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+
+import numpy as np
+from record import environment, write_json
+from transformers import PreTrainedModel
+
+from melodi_hf.data.text import Document, read_documents, standard_library_documents
+from melodi_hf.data.tokens import batch_encoder, encode_documents
+from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
+from melodi_hf.evaluation.probe_files import read_examples
+from melodi_hf.evaluation.probe_plots import plot_by_distance, plot_queue
+from melodi_hf.evaluation.probes import MAKERS, OF_TEXT, Example, Material, make_examples
+from melodi_hf.evaluation.probing import evaluate_probe
+from melodi_hf.evaluation.queue_attention import queue_attention
+from melodi_hf.evaluation.tables import markdown_table
+
+DISTANCES = (1024, 4096, 16384)
+COLUMNS = ("distance", "examples", "accuracy", "low", "high", "chance", "control_accuracy", "gain")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What a model remembers, by distance.")
+    parser.add_argument("model", help="a folder that training/train.py left, or a name on the Hub")
+    parser.add_argument("--probe", nargs="+", choices=MAKERS, default=list(OF_TEXT))
+    parser.add_argument("--distances", nargs="+", type=int, metavar="TOKENS")
+    parser.add_argument("--examples", type=int, default=20, metavar="N", help="of each distance")
+    parser.add_argument("--size", type=int, metavar="N", help="digits, tokens, pairs or symbols")
+    parser.add_argument("--files", nargs="+", metavar="FILE", help="read probes from files instead")
+    parser.add_argument("--books", nargs="+", metavar="FILE", help="documents, as in a recipe")
+    parser.add_argument("--tokenizer", help="if it is not in the model's folder")
+    parser.add_argument("--queue", action="store_true", help="attention to the queue, no probes")
+    parser.add_argument("--read-tokens", type=int, default=50_000, metavar="N", help="for --queue")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the JSON")
+    parser.add_argument("--segment-windows", type=int, default=8, help="windows in one forward")
+    parser.add_argument("--num-rows", type=int, default=8, help="texts side by side")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def documents_of(options: argparse.Namespace) -> list[Document]:
+    files = options.books
+    return list(read_documents(files=files) if files else standard_library_documents("test"))
+
+
+def ids_of_documents(tokenizer, documents: list[Document]) -> np.ndarray:
+    """One after the other, the longest first."""
+    encoded = encode_documents(documents, tokenizer)
+    return np.concatenate([d.ids for d in sorted(encoded, key=lambda d: -len(d.ids))])
+
+
+def make(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, list[Example]]:
+    """The examples of each probe that is asked for."""
+    material = Material(model.config.vocab_size)
+    documents: list[Document] = []
+    if options.books if options.files else set(options.probe) & set(OF_TEXT):
+        tokenizer = load_its_tokenizer(model, options.tokenizer or options.model)
+        documents = documents_of(options)
+        encode, start_id = batch_encoder(tokenizer), tokenizer.eos_token_id
+        ids = None if options.files else ids_of_documents(tokenizer, documents)
+        material = Material(model.config.vocab_size, ids, start_id, encode)
+    if options.files:
+        books = {document.id: document.text for document in documents}
+        chosen = {"distances": options.distances, "limit": options.examples}
+        return read_examples(options.files, material, books, **chosen)
+    return {
+        probe: [
+            example
+            for distance in options.distances or DISTANCES
+            for example in make_examples(
+                probe, distance, options.examples, material, size=options.size, seed=options.seed
+            )
+        ]
+        for probe in options.probe
+    }
+
+
+def probe(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
+    shape = {"segment_windows": options.segment_windows, "num_rows": options.num_rows}
+    results = {}
+    for name, examples in make(options, model).items():
+        rows = results[name] = evaluate_probe(model, examples, name=name, **shape)
+        table = markdown_table(COLUMNS, [[row[column] for column in COLUMNS] for row in rows])
+        print(f"\n{name}\n\n{table}\n", flush=True)
+    if options.output is not None:
+        for value in ("accuracy", "gain"):
+            path = options.output.with_name(f"{options.output.stem}_{value}")
+            marks = {"window": model.config.window_length}
+            plot_by_distance(results, path, value=value, marks=marks)
+    return {"probes": results}
+
+
+def queue(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
+    tokenizer = load_its_tokenizer(model, options.tokenizer or options.model)
+    ids = ids_of_documents(tokenizer, documents_of(options))[: options.read_tokens - 1]
+    ids = np.concatenate([[tokenizer.eos_token_id], ids])
+    measured = queue_attention(model, ids, segment_windows=options.segment_windows)
+    if options.output is not None:
+        plot_queue(measured, options.output)
+    return {"queue": measured}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    try:
+        model = load_model(options.model)
+        measured = (queue if options.queue else probe)(options, model)
+        if options.output is not None:
+            window = {"window_length": model.config.window_length}
+            write_json(
+                options.output, {"model": options.model, **window, **measured, **environment()}
+            )
+    except (OSError, ValueError) as error:
+        sys.exit(f"probe.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
