@@ -8,12 +8,12 @@ segment's logits are held at a time.
         --model_args pretrained=runs/quickstart,segment_length=4096
 
 Everything else is as with `hf`, whose arguments it takes. Benchmarks of long documents want their
-length as metadata. BABILong comes from the Hub. Six tasks of RULER are made on the spot, given the
-packages of `pip install "lm_eval[ruler]"` (niah_single_1, niah_multikey_2, niah_multikey_3,
-ruler_vt, ruler_cwe, ruler_fwe); the others need essays or questions from the web:
+length as metadata. BABILong comes from the Hub. Of RULER, niah_single_1 is made on the spot, given
+the packages of `pip install "lm_eval[ruler]"`; most of the others need essays or questions from the
+web, and a vocabulary in which their examples fit:
 
     ... --tasks babilong_qa1 --metadata '{"max_seq_lengths": "4k"}'
-    ... --tasks niah_single_1,niah_multikey_2 --metadata '{"max_seq_lengths": [4096, 8192]}'
+    ... --tasks niah_single_1 --metadata '{"max_seq_lengths": [4096, 8192]}'
 """
 
 import torch

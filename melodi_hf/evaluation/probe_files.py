@@ -11,14 +11,14 @@ The `distance` of a record is what its file says, which may be in tokens of anot
 of a query of mqar is the tokens between the value and the query, rounded down to a power of two.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from melodi_hf.data.rows import find_files, reader_of
 from melodi_hf.data.segments import IGNORED
-from melodi_hf.data.text import Row, file_rows, find_files
 from melodi_hf.evaluation.probes import (
     BLANK,
     MARK,
@@ -37,6 +37,13 @@ OF_BOOKS = ("passkey", "needle", "repeat")
 MAKES_DISTANCE = ("distance", "gap", "length")  # the field of a record that says how far it reaches
 
 
+class Record(NamedTuple):
+    """One line of a file, and where it stands, in words."""
+
+    place: str
+    fields: dict[str, Any]
+
+
 def read_examples(
     files: Sequence[str | Path],
     material: Material,
@@ -53,8 +60,8 @@ def read_examples(
     Raises ValueError for records of other kinds, books that are missing and files without records
     of the distances.
     """
-    groups: dict[tuple[str, int], list[Row]] = {}
-    for row in file_rows(find_files(files), None):
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for row in records(files):
         group = groups.setdefault(kind_of(row), [])
         if limit is None or len(group) < limit:
             group.append(row)
@@ -72,7 +79,16 @@ def read_examples(
     return found
 
 
-def kind_of(row: Row) -> tuple[str, int]:
+def records(files: Sequence[str | Path]) -> Iterator[Record]:
+    """All records of the files; one that cannot be read is refused: probes are made, not found."""
+    for path, name in find_files(files):
+        for row in reader_of(path)(path, name, 0):
+            if row.fields is None:
+                raise ValueError(f"{row.place} is {row.trouble}: make the file anew")
+            yield Record(row.place, row.fields)
+
+
+def kind_of(row: Record) -> tuple[str, int]:
     """The task of a record and its distance."""
     task = row.fields.get("task")
     distance = [row.fields[name] for name in MAKES_DISTANCE if name in row.fields]
@@ -86,7 +102,7 @@ def kind_of(row: Row) -> tuple[str, int]:
 
 
 def examples_of_books(
-    rows: Iterable[Row], material: Material, books: Mapping[str, str]
+    rows: Iterable[Record], material: Material, books: Mapping[str, str]
 ) -> list[Example]:
     """Examples of one distance, which is told anew: the mean of their distances in tokens."""
     made = [example_of_book(row, material, books) for row in rows]
@@ -94,7 +110,9 @@ def examples_of_books(
     return [relabelled(example, distance) for example, _ in made]
 
 
-def example_of_book(row: Row, material: Material, books: Mapping[str, str]) -> tuple[Example, int]:
+def example_of_book(
+    row: Record, material: Material, books: Mapping[str, str]
+) -> tuple[Example, int]:
     """An example, and the tokens between its fact and its question."""
     fields = row.fields
     if fields["book"] not in books:

@@ -11,7 +11,7 @@ Each has a control in which the fact is another one: what is right there was not
 first two are made of documents and a tokenizer, the others of ids: 0 is the blank, 1 the mark.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ class Material(NamedTuple):
     vocab_size: int
     ids: np.ndarray | None = None  # of documents, one after the other
     start_id: int | None = None  # what begins every document
-    encode: Callable[[list[str]], list[list[int]]] | None = None
+    encode: Callable[[list[str]], Iterable[list[int]]] | None = None
 
 
 def make_examples(
@@ -209,7 +209,7 @@ def continuation(material: Material, before: str, text: str) -> np.ndarray:
 def encode(material: Material, texts: list[str]) -> list[list[int]]:
     if material.encode is None:
         raise ValueError("this probe is a text: give a tokenizer")
-    return material.encode(texts)
+    return list(material.encode(texts))
 
 
 def refuse_few_symbols(needed: int, symbols: int, material: Material) -> None:
