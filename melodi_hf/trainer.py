@@ -23,6 +23,7 @@ from an empty memory, and leaves that of training as it was.
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +31,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import AutoModelForCausalLM, ProgressCallback, Trainer
 
 from melodi_hf.adafactor import OPTIONS, PaperAdafactor
+from melodi_hf.checkpoints import (
+    find_flaw,
+    last_whole_checkpoint,
+    mark_whole,
+    refuse_other_processes,
+    remove_earlier,
+)
 from melodi_hf.data.segments import Segments
 from melodi_hf.tracking import memory_figures
 
@@ -89,13 +97,18 @@ class MemoryTrainer(Trainer):
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(*args, **kwargs)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._memory["training"] = [None] * self.args.gradient_accumulation_steps
         self._clock = None
-        return super().train(*args, **kwargs)
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
         self._micro_batch = 0
+        if self.state.global_step >= self.state.max_steps:
+            # Gone on from the checkpoint of its last step, a Trainer would take another.
+            self.control.should_training_stop = True
+            return [], None
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
@@ -139,7 +152,8 @@ class MemoryTrainer(Trainer):
         start = time.perf_counter()
         self._memory["evaluation"] = [None]
         self._scores.clear()
-        output = super().evaluation_loop(*args, **kwargs)
+        with torch.random.fork_rng(devices=[]):  # of which every data loader draws a number
+            output = super().evaluation_loop(*args, **kwargs)
         self._memory["evaluation"] = [None]
         # The Trainer's mean is over batches; this one is over targets, as in training.
         nll, targets = self.accelerator.reduce(torch.stack(self._scores).sum(0), "mean").tolist()
@@ -190,10 +204,48 @@ class MemoryTrainer(Trainer):
         whole.load_state_dict(weights)
         return whole.to(self.args.device)
 
+    def _checkpoint_to_resume(self, given):
+        """The checkpoint that was asked for, or found: whole, and of as many processes."""
+        if not given:
+            return None
+        if given is True:
+            checkpoint, _ = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            if checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to go on from")
+        else:
+            checkpoint = Path(given)
+            flaw = find_flaw(checkpoint, contents=False)
+            if flaw is not None:
+                raise ValueError(
+                    f"{checkpoint} cannot be gone on from: {flaw}; give an earlier checkpoint"
+                )
+        refuse_other_processes(checkpoint, self.args.world_size)
+        return str(checkpoint)
+
+    def _save_checkpoint(self, model, trial):
+        """As in transformers, but earlier checkpoints stay until this one is known to be whole."""
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        first = self.is_world_process_zero()
+        if first and checkpoint.exists():  # what a run left that was stopped here
+            shutil.rmtree(checkpoint)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if first:
+            mark_whole(checkpoint, self.args.world_size)
+            remove_earlier(checkpoint, limit, self.state.best_model_checkpoint)
+
     # The Trainer calls these two on every rank, the second where training goes on.
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
+        # Summed since the figures were last logged, for the mean that is logged next.
+        save_file({"loss": self._tr_loss.cpu()}, self._loss_file(output_dir))
         if self._memory["training"]:
             empty = self._empty_memory()
             held = [empty if memory is None else memory for memory in self._memory["training"]]
@@ -203,6 +255,9 @@ class MemoryTrainer(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
+        self._tr_loss.copy_(load_file(self._loss_file(checkpoint))["loss"])
+        logged = [int(entry["step"]) for entry in self.state.log_history if "loss" in entry]
+        self._globalstep_last_logged = max(logged, default=0)
         empty = [self._empty_memory()] * self.args.gradient_accumulation_steps
         self._memory["training"] = load_memory(
             empty, self._memory_file(checkpoint), self.args.device
@@ -211,6 +266,9 @@ class MemoryTrainer(Trainer):
     def _empty_memory(self):
         model = self.accelerator.unwrap_model(self.model)
         return model.base_model.empty_memory(self.args.per_device_train_batch_size)
+
+    def _loss_file(self, checkpoint):
+        return Path(checkpoint) / f"loss_{self.args.process_index}.safetensors"
 
     def _memory_file(self, checkpoint):
         return Path(checkpoint) / f"memory_{self.args.process_index}.safetensors"

@@ -40,10 +40,10 @@ def describe(documents: Prepared, purpose: str) -> str:
     return f"{told}; {documents.report}" if documents.report else told
 
 
-def check_documents(output: Path, documents: Prepared, resume: bool) -> None:
+def check_documents(output: Path, documents: Prepared, going_on: bool) -> None:
     """Refuse to go on with other documents than the run began with."""
     path, now = output / DOCUMENTS, documents.as_dict()
-    there = resume and path.is_file()
+    there = going_on and path.is_file()
     before = json.loads(path.read_text(encoding="utf-8")) if there else now
     if before["fingerprint"] != now["fingerprint"]:
         raise ValueError(

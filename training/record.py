@@ -14,14 +14,21 @@ import subprocess
 import tempfile
 import textwrap
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where folders cannot be held
+    fcntl = None  # type: ignore[assignment]
 
 import torch
 from recipe import Recipe, is_on_hub
 from transformers import AutoModelForCausalLM
 
+from melodi_hf.checkpoints import checkpoints, last_whole_checkpoint, refuse_other_processes
 from melodi_hf.evaluation.tables import evaluation_table, position_table
 
 RECIPE, RESULTS = "recipe.json", "results.json"
@@ -74,6 +81,50 @@ def check_same_recipe(output: Path, recipe: Recipe) -> None:
 
 def flatten(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{name}.{key}": x for name, part in recipe.items() for key, x in part.items()}
+
+
+def choose_checkpoint(output: Path) -> Path | None:
+    """Where to go on: the last whole checkpoint, or None, the beginning. Tells which, and why."""
+    if is_finished(output):
+        return None
+    checkpoint, flaws = last_whole_checkpoint(output)
+    if checkpoint is not None:
+        refuse_other_processes(checkpoint, int(os.environ.get("WORLD_SIZE", "1")))
+    if is_first_process():
+        for passed_over, flaw in flaws.items():
+            print(f"{passed_over} is passed over: {flaw}")
+        where = checkpoint or f"the beginning: {output} holds no whole checkpoint"
+        print(f"going on from {where}")
+    return checkpoint
+
+
+def hold(output: Path) -> ExitStack:
+    """Keep the folder from being written to by two runs at once, until what is returned is closed.
+
+    The system lets go of it when the process ends, however that happens. The processes of a
+    torchrun that is killed outlive it, which nobody would see.
+    """
+    held = ExitStack()
+    if fcntl is not None and is_first_process():
+        folder = os.open(output, os.O_RDONLY)
+        held.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            held.close()
+            raise ValueError(
+                f"{output} is being written to by another process, perhaps of a run that was "
+                "stopped only in part: end it, or choose another folder by --output DIR"
+            ) from error
+    return held
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Once the results are written, nothing goes on from them."""
+    if not is_first_process():
+        return
+    for checkpoint in checkpoints(output):
+        shutil.rmtree(checkpoint)
 
 
 def check_disk(output: Path, needed: int) -> None:

@@ -10,7 +10,6 @@ The folder (runs/<recipe>, or --output) then holds the model with its tokenizer 
 import argparse
 import math
 import os
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,16 +27,18 @@ from record import (
     RESULTS,
     check_disk,
     check_output,
+    choose_checkpoint,
     environment,
+    hold,
     is_finished,
     is_first_process,
     needed_bytes,
     peak_memory_gb,
+    remove_checkpoints,
     report,
     write_json,
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_xla_available
 from transformers.utils.logging import disable_progress_bar
 
@@ -76,16 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(recipe.tokenizer.path) if recipe.tokenizer.path else None
         vocab_size = len(tokenizer) if tokenizer else recipe.tokenizer.vocab_size
         check_disk(output, needed_bytes(recipe, vocab_size))
+        checkpoint = choose_checkpoint(output) if options.resume else None
+        held = hold(output)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if is_finished(output):
-        print(f"{output / RESULTS} is there: the run is finished, nothing is left to resume")
-    else:
-        run(recipe, name, output, tokenizer, options.resume)
+    with held:
+        if is_finished(output):
+            print(f"{output / RESULTS} is there: the run is finished, nothing is left to resume")
+            remove_checkpoints(output)
+        else:
+            run(recipe, name, output, tokenizer, checkpoint)
 
 
-def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -> None:
-    """From documents to a model with its card."""
+def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, checkpoint: Path | None) -> None:
+    """From documents, or the checkpoint of a run that was stopped, to a model with its card."""
     start = time.perf_counter()
     disable_progress_bar()  # those of saving; the others stay
     set_seed(recipe.training.seed)
@@ -95,7 +100,7 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
         write_json(output / RECIPE, recipe.as_dict())
         tokenizer.save_pretrained(output)
     train_data, validation_data, test_data = prepare(recipe, tokenizer)
-    check_documents(output, train_data, resume)
+    check_documents(output, train_data, going_on=checkpoint is not None)
 
     model = AutoModelForCausalLM.from_config(
         recipe.model_config(
@@ -109,11 +114,11 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
         f"{model.num_parameters():,} parameters, {model.config.memory_floats():,} floats of memory"
     )
     trainer = make_trainer(recipe, output, model, train_data, validation_data)
-    checkpoint = get_last_checkpoint(str(output)) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     model = trainer.whole_model()
     if model is None:  # the first process does the rest
         return
+    model.eval()  # or the passage would be written with dropout
     model.save_pretrained(output)
 
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -145,8 +150,7 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, resume: bool) -
     plot_by_position(evaluation, output / "perplexity_by_position")
     write_card(output, results)
     write_json(output / RESULTS, results)
-    for leftover in output.glob("checkpoint-*"):
-        shutil.rmtree(leftover)
+    remove_checkpoints(output)
     report(recipe, results, output)
 
 
