@@ -75,14 +75,14 @@ def test_a_run_goes_on_with_the_same_documents_only(recipe, tmp_path):
     output = tmp_path / "run"
     output.mkdir()
     before, _, _ = prepare(recipe(), tokenizer)
-    check_documents(output, before, resume=False)
-    check_documents(output, before, resume=True)
+    check_documents(output, before, going_on=False)
+    check_documents(output, before, going_on=True)
     write(tmp_path / "train.jsonl", "train")
     now, _, _ = prepare(recipe(), tokenizer)
     with pytest.raises(ValueError, match=r"begun with 4 documents .* not those of now \(3, "):
-        check_documents(output, now, resume=True)
-    check_documents(output, now, resume=False)  # a run that begins anew
-    check_documents(output, now, resume=True)
+        check_documents(output, now, going_on=True)
+    check_documents(output, now, going_on=False)  # a run that begins anew
+    check_documents(output, now, going_on=True)
 
 
 def test_files_that_are_not_there_are_refused_before_any_work(recipe, tmp_path):

@@ -23,7 +23,7 @@ from melodi_hf.checkpoints import (
 )
 from melodi_hf.trainer import PAPER_ADAFACTOR, load_memory, paper_schedule, save_memory
 
-from .test_trainer import losses, make_trainer, melodi, segments
+from .test_trainer import ROWS, losses, make_trainer, melodi, segments
 
 SHORT = {
     "training.steps": 12,
@@ -200,6 +200,7 @@ def test_figures_and_weights_are_those_of_a_run_that_never_stopped(tmp_path, opt
         "gradient_accumulation_steps": 2,
         "lr_scheduler_type": "cosine",
         "evaluated": segments(seed=1),
+        "data": segments(rows=2 * ROWS),  # of two micro-batches
         "eval_strategy": "steps",
         "eval_steps": 2,
     }
