@@ -51,6 +51,9 @@ from melodi_hf.evaluation.plots import plot_by_position, plot_loss
 from melodi_hf.tracking import trackers
 from melodi_hf.trainer import PAPER_ADAFACTOR, MemoryTrainer, paper_schedule
 
+if is_torch_xla_available():
+    from melodi_hf import tpu
+
 QUOTED_TOKENS = 200  # of what was read, shown before its continuation
 
 
@@ -162,7 +165,8 @@ def make_trainer(
     validation_data: Sequence[EncodedDocument] | None = None,
 ) -> MemoryTrainer:
     """The Trainer on as many epochs of the documents as the steps need."""
-    asked = recipe.training
+    asked, on_tpu = recipe.training, is_torch_xla_available()
+    rows = asked.num_rows * (tpu.devices_per_process() if on_tpu else 1)
     # The recipe says the precision; accelerate's file, whose word this is, could only contradict.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     arguments = TrainingArguments(
@@ -170,8 +174,8 @@ def make_trainer(
         run_name=output.name,
         project="melodi_hf",
         max_steps=asked.steps,
-        per_device_train_batch_size=asked.num_rows,
-        per_device_eval_batch_size=asked.num_rows,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
         gradient_accumulation_steps=asked.gradient_accumulation_steps,
         learning_rate=asked.learning_rate,
         lr_scheduler_type="constant" if asked.schedule == "paper" else asked.schedule,
@@ -192,14 +196,15 @@ def make_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",  # but to the trackers below
         # Said outright, or several processes on processors would not know of each other.
-        use_cpu=not (torch.accelerator.is_available() or is_torch_xla_available()),
+        use_cpu=not (torch.accelerator.is_available() or on_tpu),
+        **(tpu.arguments() if on_tpu else {}),
     )
     # Its name in transformers 5.23, and the one before.
     new, old = "activation_checkpointing", "gradient_checkpointing"
     setattr(arguments, new if hasattr(arguments, new) else old, asked.gradient_checkpointing)
     segments: dict[str, Any] = {
         "segment_length": recipe.data.segment_length,
-        "num_rows": asked.num_rows * arguments.world_size * asked.gradient_accumulation_steps,
+        "num_rows": rows * arguments.world_size * asked.gradient_accumulation_steps,
         "start_id": model.config.eos_token_id,
         "pad_id": model.config.pad_token_id,
         "seed": asked.seed,
@@ -208,8 +213,8 @@ def make_trainer(
     epoch = Segments(data, **segments).num_steps
     # One more than they should take, as the rows of an epoch end together only by chance.
     train_dataset = Segments(data, **segments, num_epochs=math.ceil(asked.steps / epoch) + 1)
-    segments |= {"num_rows": asked.num_rows * arguments.world_size, "seed": None}  # to evaluate on
-    return MemoryTrainer(
+    segments |= {"num_rows": rows * arguments.world_size, "seed": None}  # to evaluate on
+    return (tpu.TpuTrainer if on_tpu else MemoryTrainer)(
         model,
         arguments,
         train_dataset=train_dataset,

@@ -230,6 +230,8 @@ class DecoderModel(DecoderPreTrainedModel):
     """Token embeddings, the layers and the final norm. Subclasses make their layers, and call
     `post_init` once all parameters are there: what is made later is never initialised."""
 
+    make_plan = staticmethod(make_plan)  # a compiler of whole programs wants loops of its own
+
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -329,7 +331,7 @@ class DecoderModel(DecoderPreTrainedModel):
         before = self._memory_before(x, past_key_values, memory, reset_memory)
         mask = real_columns(attention_mask, x, past_key_values)
         refuse_packed_rows(mask, **kwargs)
-        plan = make_plan(before.progress, x.shape[1], mask, self.config.window_length)
+        plan = self.make_plan(before.progress, x.shape[1], mask, self.config.window_length)
         plan.leave_out(before.progress.forgotten)
         cache = past_key_values
         if cache is not None and mask is not None and not cache.layers[0].knows_output:
