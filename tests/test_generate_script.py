@@ -168,7 +168,8 @@ def test_evaluate_prints_and_writes_what_is_measured(folder, model, tokenizer, t
         model, documents, start_id=tokenizer.eos_token_id, progress=False
     )
     results, shown = json.loads(output.read_text()), capsys.readouterr().out
-    assert results["data"] == ["50.txt", "150.txt", "200.txt"]
+    assert results["data"]["files"] == ["50.txt", "150.txt", "200.txt"]
+    assert results["data"]["documents"] == 2
     assert results["parameters"] == model.num_parameters()
     assert {"commit", "versions", "hardware"} <= results.keys()
     written = results["evaluation"]

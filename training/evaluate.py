@@ -75,9 +75,10 @@ def evaluate(options: argparse.Namespace) -> None:
     parts = [memory_table(evaluation)] if len(settings) > 2 else []
     print(evaluation_table(evaluation), *parts, position_table(evaluation), sep="\n\n")
     if options.output is not None:
+        files = [Path(name).name for name in options.data or ()]
         results = {
             "name": Path(options.model).resolve().name,
-            "data": documents.as_dict(),
+            "data": {"files": files or ["standard_library"], **documents.as_dict()},
             **environment(),
             "parameters": model.num_parameters(),
             "memory_floats": model.config.memory_floats(),
