@@ -59,6 +59,24 @@ def test_code_runs_from_top_to_bottom(folder):
     assert re.search(r"\d+ tokens read, \d+ bytes held", done.stdout)
 
 
+@pytest.mark.slow
+def test_section_on_training_runs_line_by_line(folder):
+    section = README.split("## Training and evaluation")[1].split("\n## ")[0]
+    lines = re.search(r"```\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    assert len(lines) >= 9
+    for name in ("configuration", "training", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    told = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for line in lines:
+        done = subprocess.run(
+            line, shell=True, cwd=folder, env=told, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr[-3000:]}"
+    for left in ("short", "two", "launched"):
+        assert (folder / "runs" / left / "results.json").is_file()
+    assert list((folder / "runs" / "plots").glob("*.png"))
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
 def test_link_leads_somewhere(link):
     assert (ROOT / link).exists()
