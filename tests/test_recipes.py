@@ -13,7 +13,11 @@ from transformers import AutoModelForCausalLM
 from melodi_hf.data.text import Document
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "configuration").rglob("*.yaml"))
+FILES = sorted(
+    path
+    for path in (ROOT / "configuration").rglob("*.yaml")
+    if path.parent.name != "accelerate"  # files of another kind
+)
 RECIPES = [name for file in FILES for name in recipes_of(file)]
 QUICKSTART = ROOT / "configuration" / "quickstart.yaml"
 
