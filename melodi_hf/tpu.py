@@ -14,7 +14,6 @@ again, and does.
 one device.
 """
 
-from functools import reduce
 from typing import Any
 
 import torch
@@ -75,12 +74,11 @@ class Windows(Chunk):
             return [getattr(new, name) for name in changed], output
 
         state = [getattr(memory, name) for name in changed]
-        dtype = reduce(torch.promote_types, (part.dtype for part in (*state, *parts)))
         window = torch.arange(self.count, device=bias.device)[:, None] * self.tokens
         *state, output = Loop.apply(
             read,
             (len(state), 1 + len(weights)),
-            *(tensor.to(dtype) for tensor in state),
+            *state,
             bias,
             *weights,
             self.tokens_read + window,
