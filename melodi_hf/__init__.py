@@ -7,9 +7,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .models.cache import MelodiCache
 from .models.configuration_melodi import MelodiConfig
+from .models.configuration_plain_transformer import PlainTransformerConfig
 from .models.configuration_transformer_xl import TransformerXLConfig
 from .models.meliad import from_meliad
 from .models.modeling_melodi import MelodiForCausalLM, MelodiModel
+from .models.modeling_plain_transformer import PlainTransformerForCausalLM, PlainTransformerModel
 from .models.modeling_transformer_xl import TransformerXLForCausalLM, TransformerXLModel
 
 __version__ = "0.1.0"
@@ -19,6 +21,9 @@ __all__ = [
     "MelodiConfig",
     "MelodiForCausalLM",
     "MelodiModel",
+    "PlainTransformerConfig",
+    "PlainTransformerForCausalLM",
+    "PlainTransformerModel",
     "TransformerXLConfig",
     "TransformerXLForCausalLM",
     "TransformerXLModel",
@@ -28,6 +33,7 @@ __all__ = [
 for config, model, language_model in (
     (MelodiConfig, MelodiModel, MelodiForCausalLM),
     (TransformerXLConfig, TransformerXLModel, TransformerXLForCausalLM),
+    (PlainTransformerConfig, PlainTransformerModel, PlainTransformerForCausalLM),
 ):
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)

@@ -6,6 +6,8 @@ from melodi_hf import (
     MelodiCache,
     MelodiConfig,
     MelodiForCausalLM,
+    PlainTransformerConfig,
+    PlainTransformerForCausalLM,
     TransformerXLConfig,
     TransformerXLForCausalLM,
 )
@@ -36,7 +38,11 @@ TINY_MELODI = TINY | {
     "num_long_memory_tokens": 2,
     "long_memory_windows": 3,
 }
-MODEL_CLASSES = {MelodiConfig: MelodiForCausalLM, TransformerXLConfig: TransformerXLForCausalLM}
+MODEL_CLASSES = {
+    MelodiConfig: MelodiForCausalLM,
+    TransformerXLConfig: TransformerXLForCausalLM,
+    PlainTransformerConfig: PlainTransformerForCausalLM,
+}
 
 SYSTEMS = {
     "melodi": (MelodiConfig, TINY_MELODI),
@@ -55,9 +61,12 @@ SYSTEMS = {
     "transformer_xl": (TransformerXLConfig, TINY),
     "transformer_xl_masked": (TransformerXLConfig, TINY | {"mask_empty_memory": True}),
     "transformer_xl_bias": (TransformerXLConfig, TINY | {"mlp_bias": True}),
+    "plain_transformer": (PlainTransformerConfig, TINY | {"context_windows": 2}),
+    "plain_transformer_window": (PlainTransformerConfig, TINY),
 }
 MELODIS = [name for name in SYSTEMS if name.startswith("melodi")]
-BOTH = ["melodi", "transformer_xl"]  # where the variants cannot differ
+# One of each system, where its variants cannot differ.
+EACH = ["melodi", "transformer_xl", "plain_transformer"]
 VARIED = [  # where all would take too long
     "melodi",
     "melodi_no_short",
@@ -65,8 +74,10 @@ VARIED = [  # where all would take too long
     "melodi_masked",
     "transformer_xl",
     "transformer_xl_masked",
+    "plain_transformer",
 ]
-REMEMBERING = [name for name in SYSTEMS if name != "melodi_no_memory"]
+FORGETFUL = ["melodi_no_memory", "plain_transformer", "plain_transformer_window"]
+REMEMBERING = [name for name in SYSTEMS if name not in FORGETFUL]
 
 
 def build_config(name, **changes):

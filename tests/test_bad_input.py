@@ -9,7 +9,7 @@ from melodi_hf import MelodiCache, MelodiConfig
 from melodi_hf.models.configuration_decoder import DecoderConfig
 
 from .models import (
-    BOTH,
+    EACH,
     MODEL_CLASSES,
     VOCABULARY,
     WINDOW,
@@ -54,7 +54,7 @@ TYPES = [
 ]
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize(("field", "value", "message"), SIZES + RATES + BUCKETS + TYPES)
 def test_sizes_that_cannot_work(name, field, value, message):
     assert build_config(name)  # which differs in this field alone
@@ -116,7 +116,7 @@ def test_melodis_at_the_edge_of_what_works(changes):
     assert whole.isfinite().all()
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=EACH)
 def model(request):
     return build(request.param)
 
@@ -178,7 +178,7 @@ def test_positions_of_rows_padded_on_the_left_are_not_packed_rows(model, padding
 
 
 def other(model):
-    return build(BOTH[model.config.model_type == BOTH[0]])
+    return build(next(name for name in EACH if name != model.config.model_type))
 
 
 def test_the_memory_of_another_model(model):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from .models import (
-    BOTH,
     DOCUMENT,
+    EACH,
     WINDOW,
     assert_differ,
     assert_equal,
@@ -56,7 +56,7 @@ def without_attention(name, **changes):
     return model, blind
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_token_does_not_attend_to_itself(name):
     """The first of a document sees nothing: it has only its residual, but the second sees it."""
     model, blind = without_attention(name, mask_empty_memory=True)
@@ -67,7 +67,7 @@ def test_a_token_does_not_attend_to_itself(name):
     assert_differ(seeing[:, 1], unseeing[:, 1])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_empty_memory_is_attended_to_unless_masked(name):
     """Zeros take weight from the second token's only predecessor."""
     ids = draw(3, 2)

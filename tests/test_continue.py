@@ -8,8 +8,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from melodi_hf import MelodiCache
 
 from .models import (
-    BOTH,
     DOCUMENT,
+    EACH,
     VARIED,
     VOCABULARY,
     WINDOW,
@@ -46,7 +46,7 @@ def test_new_ids_alone_go_on_from_a_memory_that_stays_as_it_was(name):
         assert_equal(found[:, question.shape[1] :], generate(model, ids)[:, ids.shape[1] :])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
 def test_several_questions_about_one_document(name, how):
     """One row of memory, three rows of questions, of different lengths, and several answers."""
@@ -64,7 +64,7 @@ def test_several_questions_about_one_document(name, how):
     assert_equal(found, wanted[:, DOCUMENT:])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_turns_with_new_ids_alone(name):
     model, ids, memory = build(name), draw(1, 5), MelodiCache(build(name).config)
     told = ids[:, :0]
@@ -86,7 +86,7 @@ def test_turns_with_new_ids_alone(name):
         assert memory.get_seq_length() == told.shape[1]
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [1, DOCUMENT - 1, DOCUMENT, DOCUMENT + 1, 3 * DOCUMENT])
 def test_ids_that_would_be_lost_are_refused(name, masked, length):
@@ -99,7 +99,7 @@ def test_ids_that_would_be_lost_are_refused(name, masked, length):
     assert memory.get_seq_length() == DOCUMENT
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("kind", [MelodiCache, DynamicCache])
 def test_all_ids_are_not_refused(name, kind):
     model, document = build(name), draw(2, DOCUMENT)
@@ -114,7 +114,7 @@ def test_all_ids_are_not_refused(name, kind):
         generate(model, changed, past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_the_document_may_have_been_given_as_embeddings(name):
     model, document = build(name), draw(1, DOCUMENT)
     cache = MelodiCache(model.config)
@@ -163,7 +163,7 @@ class StopRowZero(StoppingCriteria):
         return torch.tensor([True, False]) & (input_ids.shape[1] >= WINDOW + 3)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_second_turn_after_a_row_that_was_stopped(name):
     model, ids, turn = build(name), draw(2, WINDOW - 2), draw(2, 3)
     cache = MelodiCache(model.config)
@@ -183,7 +183,7 @@ def test_a_second_turn_after_a_row_that_was_stopped(name):
             assert_near(logits[row], model(alone).logits[0, -DOCUMENT:])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("helper", ["assistant_model", "prompt_lookup_num_tokens"])
 def test_turns_with_all_ids_and_assistance(name, helper):
     model, ids, cache = build(name), draw(1, WINDOW), MelodiCache(build(name).config)
@@ -195,7 +195,7 @@ def test_turns_with_all_ids_and_assistance(name, helper):
         ids = torch.cat((found, draw(1, 3)), dim=1)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_padding_that_lies_elsewhere_than_it_was_read_is_refused(name):
     model, ids = build(name), draw(2, DOCUMENT)
     mask = torch.ones_like(ids)
@@ -208,7 +208,7 @@ def test_padding_that_lies_elsewhere_than_it_was_read_is_refused(name):
         generate(model, whole, attention_mask=moved, past_key_values=memory)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_static_memory_stays_as_it_was_too(name):
     model, document, question = build(name), draw(1, DOCUMENT), draw(1, 3)
     memory = StaticCache(config=model.config, max_cache_len=DOCUMENT)
@@ -221,7 +221,7 @@ def test_a_static_memory_stays_as_it_was_too(name):
     assert int(memory.get_seq_length()) == DOCUMENT
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_what_would_give_other_tokens_is_refused(name):
     model, ids = build(name), draw(1, 5)
     with pytest.raises(ValueError, match="use_cache is False and past_key_values is given"):
@@ -235,7 +235,7 @@ def test_what_would_give_other_tokens_is_refused(name):
         model.continue_from(read(model, ids), ids, attention_mask=torch.ones(1, 10))
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_prompt_may_be_embeddings(name):
     model, ids = build(name), draw(2, DOCUMENT)
     wanted = generate(model, ids)[:, DOCUMENT:]
@@ -245,7 +245,7 @@ def test_a_prompt_may_be_embeddings(name):
     assert_equal(found, wanted)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_memory_read_in_another_precision(name, dtype):
     model, ids = build(name), draw(2, DOCUMENT)

@@ -6,8 +6,8 @@ import torch
 from melodi_hf import MelodiCache
 
 from .models import (
-    BOTH,
     DOCUMENT,
+    EACH,
     SYSTEMS,
     VARIED,
     WINDOW,
@@ -39,7 +39,7 @@ IN_PIECES = [5, 1, 9, DOCUMENT - 15]
 @pytest.mark.parametrize(
     ("name", "cuts"),
     [(name, IN_PIECES) for name in SYSTEMS]
-    + [(name, cuts) for name in BOTH for cuts in ([DOCUMENT], [1] * DOCUMENT)],
+    + [(name, cuts) for name in EACH for cuts in ([DOCUMENT], [1] * DOCUMENT)],
 )
 def test_any_number_of_tokens_can_be_taken_back(name, cuts):
     """Over three boundaries of windows, of one call or of many."""
@@ -94,7 +94,7 @@ def test_rows_of_different_lengths_go_back_each_by_its_own_tokens(name, removed)
     assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_within_the_open_window_nothing_need_be_recorded(name):
     model, ids = build(name), draw(2, SEEN)
     cache = read(model, ids)
@@ -103,7 +103,7 @@ def test_within_the_open_window_nothing_need_be_recorded(name):
     assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_what_cannot_be_taken_back_is_refused_and_nothing_is_lost(name):
     model, ids = build(name), draw(2, SEEN)
     cache = read(model, ids)
@@ -117,7 +117,7 @@ def test_what_cannot_be_taken_back_is_refused_and_nothing_is_lost(name):
     assert_equal(next_logits(model, following, cache), next_logits(model, following, anew))
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_recording_does_not_grow_with_the_document(name):
     model = build(name)
     cache = MelodiCache(model.config)
@@ -129,7 +129,7 @@ def test_a_recording_does_not_grow_with_the_document(name):
     assert max(counts) == counts[-1] == counts[3] <= 1024 // WINDOW + 1
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("helper", ["itself", "another", "prompt_lookup"])
 def test_assisted_decoding_equals_greedy(name, helper):
     model, ids = build(name), draw(1, WINDOW + 3)
@@ -146,7 +146,7 @@ def test_assisted_decoding_equals_greedy(name, helper):
     assert_equal(model.generate(ids, past_key_values=cache, **how, **assistant), wanted)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_after_taking_back_a_row_of_padding_goes_on_from_what_is_left(name):
     model, ids = build(name), draw(2, SEEN)
     cache = MelodiCache(model.config)
@@ -160,7 +160,7 @@ def test_after_taking_back_a_row_of_padding_goes_on_from_what_is_left(name):
         assert_near(found, model(ids[1:, :-5]).logits[0, -1])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_what_a_row_of_padding_would_go_on_from_may_be_gone(name):
     model, ids = build(name), draw(2, SEEN)
     cache = read(model, ids)

@@ -6,7 +6,7 @@ import torch
 from melodi_hf.models.meliad import to_meliad
 
 from .models import (
-    BOTH,
+    EACH,
     REMEMBERING,
     SYSTEMS,
     WINDOW,
@@ -165,7 +165,7 @@ def test_what_was_forgotten_does_not_come_back():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_the_memory_that_was_given_stays_as_it_was(name):
     model = build(name)
     memory = model(draw(2, 2 * WINDOW), return_memory=True).memory

@@ -6,7 +6,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from melodi_hf import MelodiCache
 
-from .models import BOTH, WINDOW, assert_equal, assert_near, build, draw
+from .models import EACH, WINDOW, assert_equal, assert_near, build, draw
 
 NEW = WINDOW + 2  # tokens
 
@@ -16,7 +16,7 @@ def generate(model, ids, **how):
     return model.generate(ids, **how)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("cache", ["default", "melodi", "static", "none"])
 def test_everything_that_can_be_returned(name, cache):
     """Scores, logits, hidden states and attentions of each token, as from reading all at once."""
@@ -46,7 +46,7 @@ def test_everything_that_can_be_returned(name, cache):
             assert_near(found[:, :, -1], wanted[:, :, at, :columns])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_attentions_are_laid_out_over_columns(name):
     """Of rows with padding anywhere, read in pieces, as of each row alone."""
     model, ids = build(name), draw(3, 2 * WINDOW + 5)
@@ -69,7 +69,7 @@ def test_attentions_are_laid_out_over_columns(name):
             assert found[row][:, ~real].abs().max() == found[row][:, :, ~real].abs().max() == 0
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_the_implementation_of_attention_can_be_changed(name, monkeypatch):
     model, ids = build(name), draw(2, WINDOW + 3)
     wanted, calls = model(ids).logits, []
@@ -89,7 +89,7 @@ class Collector:
         return "".join(f"{int(i)} " for i in ids)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_tokens_are_streamed_as_they_come(name, capsys):
     model, ids = build(name), draw(1, 5)
     out = generate(model, ids, streamer=TextStreamer(Collector()))
@@ -104,7 +104,7 @@ class StopAfter(StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_stopping_criteria_stop(name):
     model, ids = build(name), draw(2, 5)
     stop = StoppingCriteriaList([StopAfter(5 + WINDOW)])

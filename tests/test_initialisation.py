@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from .models import (
-    BOTH,
+    EACH,
     MODEL_CLASSES,
     SYSTEMS,
     assert_differ,
@@ -65,7 +65,7 @@ def kind(name):
     return next(kind for part, kind in kinds.items() if part in name)
 
 
-@pytest.mark.parametrize("name", [*BOTH, "melodi_more_short", "transformer_xl_bias"])
+@pytest.mark.parametrize("name", [*EACH, "melodi_more_short", "transformer_xl_bias"])
 def test_parameters_are_drawn_as_measured(name):
     for name_of, parameter in fresh(name).named_parameters():
         parameter = parameter.detach()
@@ -120,7 +120,7 @@ def test_a_saved_model_comes_back_bit_by_bit(name, tmp_path):
         assert_equal(loaded(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_model_from_a_config_is_new(name, tmp_path):
     model = build(name)
     torch.manual_seed(7)
@@ -132,7 +132,7 @@ def test_a_model_from_a_config_is_new(name, tmp_path):
     assert_differ(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_is_the_embedding_table_if_tied(name, tied, tmp_path):
     build(name, tie_word_embeddings=tied).save_pretrained(tmp_path)
@@ -145,7 +145,7 @@ def test_the_head_is_the_embedding_table_if_tied(name, tied, tmp_path):
         assert torch.equal(head, table) == tied
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_new_embeddings_are_drawn_and_old_ones_kept(name):
     model, ids = build(name), draw(2, 9)
     with torch.no_grad():

@@ -20,8 +20,8 @@ from melodi_hf.models.memory_file import (
 )
 
 from .models import (
-    BOTH,
     DOCUMENT,
+    EACH,
     SYSTEMS,
     assert_differ,
     assert_equal,
@@ -76,7 +76,7 @@ def test_reading_goes_on_from_a_file_as_if_it_had_not_stopped(model, file):
     assert loaded.get_seq_length() == DOCUMENT + 3 * 8
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_rows_that_stand_at_different_places(name, file):
     """Left-padded documents, continued with padding and without."""
     model, ids, more = build(name), draw(3, DOCUMENT), draw(3, 20)
@@ -171,7 +171,7 @@ def test_the_type_is_kept(dtype, file):
     assert_equal(held(loaded), held(cache))
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_bfloat16_halves_the_file_and_is_gone_on_from_in_float32(name, file, tmp_path):
     model, more = build(name, window_length=1024), draw(1, 20)
     cache = read(model, draw(1, 200))
@@ -187,7 +187,7 @@ def test_bfloat16_halves_the_file_and_is_gone_on_from_in_float32(name, file, tmp
     assert 1e-6 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_model_of_another_type_goes_on_when_it_is_named(name, file):
     model, more = build(name), draw(1, 20)
     cache = read(model, draw(1, DOCUMENT))

@@ -26,7 +26,7 @@ from melodi_hf.evaluation.probes import (
 from melodi_hf.evaluation.probing import bootstrap, evaluate_probe, wilson
 from melodi_hf.evaluation.queue_attention import queue_attention, ratios_by_age
 
-from .models import BOTH, VOCABULARY, WINDOW, assert_near, build, draw
+from .models import EACH, VOCABULARY, WINDOW, assert_near, build, draw
 from .text import tiny_tokenizer
 
 DISTANCES = (0, 5, 2 * WINDOW + 3, 6 * WINDOW)
@@ -122,7 +122,7 @@ def test_who_forgets_is_right_up_to_there(probe):
 
 
 @pytest.mark.parametrize(
-    ("name", "probe"), [(BOTH[0], probe) for probe in MAKERS] + [(BOTH[1], "passkey")]
+    ("name", "probe"), [(EACH[0], probe) for probe in MAKERS] + [(EACH[1], "passkey")]
 )
 def test_how_texts_are_grouped_changes_nothing(name, probe, monkeypatch):
     monkeypatch.setattr(probes, "LEAD", 2 * WINDOW + 1)

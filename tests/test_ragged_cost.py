@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from melodi_hf import MelodiCache
 
-from .models import BOTH, WINDOW, build, draw
+from .models import EACH, WINDOW, build, draw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -25,7 +25,7 @@ def flops(model, ids, mask, **how):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("described", ragged.LENGTHS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_ragged_batch_does_little_more_than_an_equal_one(name, described, side):
@@ -46,7 +46,7 @@ def test_a_ragged_batch_does_little_more_than_an_equal_one(name, described, side
         )
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_logits_of_padding_are_zero(name):
     """But for those of the last column."""
     model, ids = build(name), draw(2, 2 * WINDOW)

@@ -22,8 +22,8 @@ from melodi_hf.data.tokens import train_tokenizer
 from melodi_hf.models import reading
 
 from .models import (
-    BOTH,
     DOCUMENT,
+    EACH,
     VOCABULARY,
     WINDOW,
     assert_differ,
@@ -106,7 +106,7 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_all_sources_give_the_same_memory(name):
     model, ids, more = build(name), draw(DOCUMENT), draw(1, 5)
     wanted = next_logits(model, model.read_document(ids), more)
@@ -125,7 +125,7 @@ def test_ids_in_a_file_are_read(tmp_path):
     assert_equal(next_logits(model, cache, more), wanted)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_reading_goes_on_from_an_earlier_cache(name):
     model, ids, more = build(name), draw(1, DOCUMENT), draw(1, 5)
     wanted = next_logits(model, model.read_document(ids), more)
@@ -134,7 +134,7 @@ def test_reading_goes_on_from_an_earlier_cache(name):
     assert_near(next_logits(model, cache, more), wanted)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_generation_goes_on_from_what_was_read(name):
     model, ids = build(name), draw(1, DOCUMENT)
     wanted = model.generate(ids, max_new_tokens=6, do_sample=False)[:, DOCUMENT:]

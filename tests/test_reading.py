@@ -8,8 +8,8 @@ import torch
 from melodi_hf import MelodiCache
 
 from .models import (
-    BOTH,
     DOCUMENT,
+    EACH,
     SYSTEMS,
     VARIED,
     WAYS,
@@ -154,7 +154,7 @@ def test_padding_has_the_logits_of_nothing(model):
         )
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_call_of_padding_alone(name):
     """The first piece of a batch that is padded by more than a piece."""
     model = build(name)

@@ -16,23 +16,14 @@ import melodi_hf.models
 from melodi_hf.data.text import Document
 from melodi_hf.data.tokens import train_tokenizer
 
-from .models import BOTH, assert_near, build
+from .models import EACH, assert_near, build
 from .remote_user import SMOOTHING, TEXT, generate, write
 
 MODELS = Path(melodi_hf.models.__file__).parent
-AUTO_MAPS = {
-    "melodi": {
-        "AutoConfig": "configuration_melodi.MelodiConfig",
-        "AutoModel": "modeling_melodi.MelodiModel",
-        "AutoModelForCausalLM": "modeling_melodi.MelodiForCausalLM",
-        "AutoModelForDecision": "modeling_melodi.MelodiForCausalLM",
-    },
-    "transformer_xl": {
-        "AutoConfig": "configuration_transformer_xl.TransformerXLConfig",
-        "AutoModel": "modeling_transformer_xl.TransformerXLModel",
-        "AutoModelForCausalLM": "modeling_transformer_xl.TransformerXLForCausalLM",
-        "AutoModelForDecision": "modeling_transformer_xl.TransformerXLForCausalLM",
-    },
+SYSTEMS = {
+    "melodi": "Melodi",
+    "transformer_xl": "TransformerXL",
+    "plain_transformer": "PlainTransformer",
 }
 IDS = torch.arange(1, 22)[None] * 7 % 61
 
@@ -45,7 +36,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def models(tokenizer):
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
-    return {name: build(name, vocab_size=len(tokenizer), **special) for name in BOTH}
+    return {name: build(name, vocab_size=len(tokenizer), **special) for name in EACH}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +56,7 @@ def seen(models, tokenizer, tmp_path_factory):
         check=True,
         timeout=300,
     )
-    return {name: json.loads((root / f"{name}_again/seen.json").read_text()) for name in BOTH}
+    return {name: json.loads((root / f"{name}_again/seen.json").read_text()) for name in EACH}
 
 
 def imported(file):
@@ -88,11 +79,21 @@ WAYS = {
 }
 
 
+def auto_map(name):
+    system = SYSTEMS[name]
+    return {
+        "AutoConfig": f"configuration_{name}.{system}Config",
+        "AutoModel": f"modeling_{name}.{system}Model",
+        "AutoModelForCausalLM": f"modeling_{name}.{system}ForCausalLM",
+        "AutoModelForDecision": f"modeling_{name}.{system}ForCausalLM",
+    }
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_folder_holds_the_code_of_its_system_and_no_other(name, way, tmp_path):
     WAYS[way](build(name), tmp_path)  # a new one: what was saved before would be remembered
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAPS[name]
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == auto_map(name)
     code = {path.name: path.read_text() for path in tmp_path.glob("*.py")}
     own = f"modeling_{name}.py"
     assert code.keys() == {own} | imported(own)
@@ -106,14 +107,14 @@ def test_what_is_a_neighbour_is_found():
     assert imported("modeling_melodi.py") >= {"decoder.py", "windows.py", "cache.py"}
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_code_is_refused_without_trust_and_the_tokenizer_is_not(seen, tokenizer, name):
     for told in seen[name]["refused"].values():
         assert "pass the argument `trust_remote_code=True` to allow custom code" in told
     assert seen[name]["encoded"] == [tokenizer(TEXT).input_ids] * 2
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_model_is_the_same_without_the_package(seen, models, name):
     model, without = models[name], seen[name]
     parts = model.config, model.model, model
@@ -127,13 +128,13 @@ def test_model_is_the_same_without_the_package(seen, models, name):
     assert without["generated"][: IDS.shape[1]] == IDS[0].tolist()
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_pipeline_writes_the_same_without_the_package(seen, models, tokenizer, name):
     generator = pipeline("text-generation", model=models[name], tokenizer=tokenizer)
     assert seen[name]["written"] == write(generator)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_copies_of_copies_work(seen, name):
     again = seen[name]["again"]
     assert again.keys() == {"whole", "headless", "inner"}
@@ -142,7 +143,7 @@ def test_copies_of_copies_work(seen, name):
         assert f".{way}." in seen[name]["code_of_copies"][way]
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_label_smoothing_shifts_the_labels_without_the_package(seen, models, name):
     with torch.no_grad():
         logits = models[name](IDS).logits[0, :-1]

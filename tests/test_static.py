@@ -5,7 +5,7 @@ import torch
 from transformers import CompileConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from .models import BOTH, DOCUMENT, VARIED, WINDOW, assert_equal, assert_near, build, draw
+from .models import DOCUMENT, EACH, VARIED, WINDOW, assert_equal, assert_near, build, draw
 
 NEW = 2 * WINDOW + 3  # tokens: two windows are closed on the way
 
@@ -40,7 +40,7 @@ def compiled(backend="eager", mode=None):
     return {"cache_implementation": "static", "compile_config": config}
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("kind", ["static", "offloaded", "dynamic"])
 def test_every_kind_of_cache_gives_the_same_tokens(name, kind):
     if kind == "offloaded" and torch.version.cuda and not torch.cuda.is_available():
@@ -70,7 +70,7 @@ def check_compiled(model, **how):
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_step_is_compiled_once_and_whole(name):
     check_compiled(small(name))
 
@@ -81,7 +81,7 @@ def test_a_step_of_machine_code_gives_the_same_tokens(name):
     check_compiled(build(name), backend="inductor", mode="default")
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_loop_of_ones_own(name):
     """As transformers documents it: the step compiled by hand, the cache given by the user."""
     model, ids = small(name), draw(2, DOCUMENT)
@@ -112,7 +112,7 @@ def test_pieces_of_any_length_can_be_compiled(name):
             assert_near(found[part > 0], wanted[part > 0])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("padded", [False, True])
 def test_training_can_be_compiled(name, padded):
     """Segment after segment: the second call, with a memory, is the last one to be compiled."""
@@ -135,7 +135,7 @@ def test_training_can_be_compiled(name, padded):
         assert_near(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_a_static_cache_takes_nothing_back(name):
     model = build(name)
     cache = StaticCache(config=model.config, max_cache_len=DOCUMENT)

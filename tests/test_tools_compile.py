@@ -7,7 +7,7 @@ depend on the code that a compiler makes of it, which would take minutes for eac
 import pytest
 import torch
 
-from .models import BOTH, WINDOW, assert_near, build, draw
+from .models import EACH, WINDOW, assert_near, build, draw
 
 SMALL = {"num_hidden_layers": 2}
 LENGTH = WINDOW + 3
@@ -42,7 +42,7 @@ def test_forward():
             assert_near(fast(texts).logits, model(texts).logits)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_forward_with_padding(name):
     model, ids = small(name), draw(2, LENGTH)
     fast, mask = compiled(model), padding(ids)
@@ -54,7 +54,7 @@ def test_forward_with_padding(name):
     assert_near(found[:1, 3:], alone)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_training_with_a_carried_memory(name):
     """Loss, gradients and the memory for the next segment; one graph serves all segments."""
     model, ids = small(name).train(), draw(2, 2 * WINDOW)
@@ -77,7 +77,7 @@ def test_training_with_a_carried_memory(name):
         memory = found[2]
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_export(name):
     """Of a batch size that is open."""
     model, ids = small(name), draw(2, LENGTH)
@@ -91,7 +91,7 @@ def test_export(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler's own
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_inductor(name):
     """The compiler that users get; minutes on a CPU."""
     model, ids = small(name).train(), draw(2, LENGTH)

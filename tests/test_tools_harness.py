@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from melodi_hf.evaluation.harness import MelodiLM
 
-from .models import BOTH, WINDOW, build
+from .models import EACH, WINDOW, build
 from .text import tiny_tokenizer
 
 PAIRS = [("The sky is", " blue"), ("", "Nothing before it"), ("To be or not", " to be, that is it")]
@@ -23,7 +23,7 @@ LONG = "A long document goes on and on, over many windows, until it is read to t
 DOCUMENTS = [LONG, "A short one.", LONG[7:60]]
 
 
-@pytest.fixture(params=BOTH, scope="module")
+@pytest.fixture(params=EACH, scope="module")
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     build(request.param, eos_token_id=2).save_pretrained(path)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from .models import BOTH, DOCUMENT, WINDOW, assert_equal, build, draw
+from .models import DOCUMENT, EACH, WINDOW, assert_equal, build, draw
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def generate(model, ids):
 
 # accelerate places a parameter that a model owns itself, and does not know it again
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match:UserWarning")
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_offloading_to_disk_changes_nothing(tmp_path, name):
     model, ids = build(name), draw(2, DOCUMENT)
     model.save_pretrained(tmp_path / "model")
@@ -43,7 +43,7 @@ def test_offloading_to_disk_changes_nothing(tmp_path, name):
     assert_equal(generate(offloaded, ids), generate(model, ids))
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_int8_weights(tmp_path, name):
     model, ids = build(name), draw(2, DOCUMENT)
     model.save_pretrained(tmp_path)
@@ -59,7 +59,7 @@ def test_int8_weights(tmp_path, name):
     assert generate(quantised, ids).shape == (2, DOCUMENT + WINDOW)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_saved_weights_are_safetensors(tmp_path, name):
     model = build(name)
     model.save_pretrained(tmp_path)
@@ -70,7 +70,7 @@ def test_saved_weights_are_safetensors(tmp_path, name):
     assert_equal(saved["model.norm.weight"], model.model.norm.weight)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_pickled_weights_are_not_loaded_unasked(tmp_path, name):
     model = build(name)
     model.save_pretrained(tmp_path)
@@ -92,7 +92,7 @@ class Harm:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_pickle_cannot_do_harm(tmp_path, name):
     build(name).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -11,7 +11,7 @@ from peft import (
     get_peft_model,
 )
 
-from .models import BOTH, DOCUMENT, assert_differ, assert_equal, assert_near, build, draw
+from .models import DOCUMENT, EACH, assert_differ, assert_equal, assert_near, build, draw
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's own call
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -46,7 +46,7 @@ def logits(model, ids):
         return model.eval()(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_lora_is_trained_saved_loaded_and_merged(tmp_path, name):
     base, ids = save(name, tmp_path / "base"), draw(2, DOCUMENT)
     before = logits(base, ids)
@@ -71,7 +71,7 @@ def test_lora_is_trained_saved_loaded_and_merged(tmp_path, name):
     assert_near(logits(reloaded, ids), trained)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_prompt_tuning_is_a_text_before_the_text(tmp_path, name):
     base, ids = save(name, tmp_path / "base"), draw(2, DOCUMENT)
     base.name_or_path = str(tmp_path / "base")
@@ -94,7 +94,7 @@ def test_prompt_tuning_is_a_text_before_the_text(tmp_path, name):
 
 
 # The message is that of the cache, which PEFT hands to the model.
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_prefix_tuning_is_refused(name):
     model = get_peft_model(build(name), PrefixTuningConfig(**PROMPT))
     with pytest.raises(ValueError, match="MelodiCache"):

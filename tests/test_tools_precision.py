@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from .models import (
-    BOTH,
     DOCUMENT,
+    EACH,
     WAYS,
     WINDOW,
     assert_equal,
@@ -29,7 +29,7 @@ def assert_close_in_size(found, wanted, dtype):
     assert 1e-5 < error < ERROR[dtype]
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_autocast_is_near_to_float32(name, dtype):
     model, ids = build(name), draw(2, DOCUMENT)
@@ -39,7 +39,7 @@ def test_autocast_is_near_to_float32(name, dtype):
     assert_close_in_size(found, logits(model, ids), dtype)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_gradients_under_autocast(name):
     """Those of float32, up to the rounding; the loss is computed in float32."""
     model, ids = build(name), draw(2, DOCUMENT)
@@ -55,7 +55,7 @@ def test_gradients_under_autocast(name):
     assert torch.cosine_similarity(found, wanted, dim=0) > 0.99
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_weights_in_half(name, dtype):
     model, ids = build(name), draw(2, DOCUMENT)
@@ -65,7 +65,7 @@ def test_weights_in_half(name, dtype):
     assert_close_in_size(found, wanted, dtype)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("read", WAYS)
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
 def test_reading_in_pieces(name, read, autocast):
@@ -78,7 +78,7 @@ def test_reading_in_pieces(name, read, autocast):
     assert_near(pieces, whole, atol=0.1 * whole.abs().max().item())
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
 def test_generation(name, autocast):
     model, ids = build(name), draw(2, WINDOW + 3)

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithFlattening
 
-from .models import BOTH, DOCUMENT, assert_near, build, draw
+from .models import DOCUMENT, EACH, assert_near, build, draw
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_copies_of_data_parallel(name, monkeypatch):
     """Without a GPU nn.DataParallel makes no copies; here it makes two, on the CPU."""
     module = torch.nn.parallel.replicate
@@ -19,19 +19,19 @@ def test_copies_of_data_parallel(name, monkeypatch):
         module(build(name), [0, 1])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_one_device_of_data_parallel_is_no_copy(name):
     model, ids = build(name), draw(2, DOCUMENT)
     assert_near(nn.DataParallel(model)(ids).logits, model(ids).logits, atol=0)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_continuous_batching(name):
     with pytest.raises(ValueError, match=r"continuous batching.*generate\(\)"):
         build(name).generate_batch([draw(9).tolist(), draw(5).tolist()], max_new_tokens=3)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
 def test_quantised_cache(name, backend):
     how = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from .models import BOTH, build
+from .models import EACH, build
 from .text import tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(  # a default of TRL's
@@ -39,7 +39,7 @@ def train(folder, name, **given):
     return trainer
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_sft_runs_with_its_defaults(tmp_path, name):
     trainer = train(tmp_path, name)
     assert trainer.args.bf16

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 
 from .models import (
-    BOTH,
     DOCUMENT,
+    EACH,
     REMEMBERING,
     VOCABULARY,
     WINDOW,
@@ -32,7 +32,7 @@ def labelled(*shape):
     return ids, labels
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)], ids=["mean", "int", "tensor"])
 def test_loss_and_gradients_are_those_of_cross_entropy(name, shifted, num_items):
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(name, shifted, num_items)
     torch.testing.assert_close(found, gradients(model), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_targets_left_out_have_no_say(name):
     model = build(name)
     ids, labels = labelled(2, DOCUMENT)
@@ -66,7 +66,7 @@ def test_targets_left_out_have_no_say(name):
     assert_near(loss, functional.cross_entropy(kept, counted), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_shift_labels_take_precedence(name):
     model, ids = build(name), draw(2, DOCUMENT)
     other = draw(2, DOCUMENT)
@@ -92,7 +92,7 @@ def train(model, segments):
     return found
 
 
-@pytest.mark.parametrize("name", [*BOTH, "melodi_no_short", "melodi_masked"])
+@pytest.mark.parametrize("name", [*EACH, "melodi_no_short", "melodi_masked"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_changes_neither_loss_nor_gradients(name, use_reentrant):
     model = build(name, dropout=0.1, attention_dropout=0.1).train()
@@ -150,7 +150,7 @@ def test_every_parameter_that_is_read_has_a_gradient(model):
     model.zero_grad()
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("site", ["dropout", "attention_dropout"])
 def test_dropout_acts_in_training_alone(name, site):
     model, ids = build(name, **{site: 0.3}), draw(2, DOCUMENT)
@@ -163,7 +163,7 @@ def test_dropout_acts_in_training_alone(name, site):
     assert_differ(once, evaluated)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("site", ["dropout", "attention_dropout"])
 def test_dropout_acts_with_gradients_too(name, site):
     """Where they flow another kernel attends."""
@@ -180,7 +180,7 @@ def test_without_dropout_training_reads_as_evaluation(model):
     assert_near(trained, evaluated)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("field", ["dropout", "attention_dropout"])
 def test_dropout_keeps_the_mean(name, field):
     """What is left is scaled up: over many draws the loss stays near that without dropout."""
@@ -228,7 +228,7 @@ def test_hidden_states_are_those_between_the_layers(model, padded):
                 assert_near(state[1, WINDOW + 3 :], wanted[0])
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_logits_to_keep(name):
     model, ids = build(name), draw(2, DOCUMENT)
     places = torch.tensor([3, WINDOW, DOCUMENT - 1])
@@ -270,7 +270,7 @@ def every_warning():
     torch.set_warn_always(False)
 
 
-@pytest.mark.parametrize("name", [*BOTH, "melodi_eager", "melodi_masked", "transformer_xl_masked"])
+@pytest.mark.parametrize("name", [*EACH, "melodi_eager", "melodi_masked", "transformer_xl_masked"])
 @pytest.mark.usefixtures("every_warning")
 def test_autocast_trains_and_generates(name):
     model, ids = build(name), draw(2, DOCUMENT)
@@ -292,7 +292,7 @@ def test_autocast_trains_and_generates(name):
     assert (continued.float() - whole.float()).abs().mean() < 0.1 * whole.float().std()
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 def test_the_loss_does_not_depend_on_where_padding_lies(name):
     """The first token of a row is predicted by nothing, wherever the row begins."""
     model, row = build(name), draw(1, 2 * WINDOW + 3)
@@ -305,7 +305,7 @@ def test_the_loss_does_not_depend_on_where_padding_lies(name):
         assert_near(model(ids, attention_mask=mask, labels=labels).loss, wanted)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("wrong", ["float ids", "list of ids", "additive mask"])
 def test_inputs_of_another_kind_are_refused(name, wrong):
     model, ids = build(name), draw(1, 5)

@@ -22,7 +22,11 @@ from melodi_hf.evaluation.tables import (
 )
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
-SYSTEMS = {"melodi": "MELODI", "transformer_xl": "Transformer-XL"}
+SYSTEMS = {
+    "melodi": "MELODI",
+    "transformer_xl": "Transformer-XL",
+    "plain_transformer": "Transformer without memory",
+}
 LIBRARY = "Python's standard library"
 PLOT = "perplexity_by_position.png"  # what a run calls its plot
 EMPTY_SECTION = re.compile(r"^## [^\n]+\n\s*(?=^## |\Z)", re.MULTILINE)
@@ -45,6 +49,15 @@ CITATIONS = {
   booktitle = {Annual Meeting of the Association for Computational Linguistics},
   year = {2019},
   url = {https://arxiv.org/abs/1901.02860}
+}""",
+    "plain_transformer": """
+@inproceedings{vaswani2017attention,
+  title = {Attention Is All You Need},
+  author = {Vaswani, Ashish and Shazeer, Noam and Parmar, Niki and Uszkoreit, Jakob and
+            Jones, Llion and Gomez, Aidan N. and Kaiser, Lukasz and Polosukhin, Illia},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2017},
+  url = {https://arxiv.org/abs/1706.03762}
 }""",
 }
 

@@ -382,7 +382,8 @@ def fetch_memory(cache, layers, x):
             empty = layer.empty_memory(len(x), device, x.dtype, for_generation=True)
             held.begin(empty, layer.config.window_length, torch.zeros_like(x[:, :1]), x.device)
     _refuse_other(cache, layers, x)
-    memories = tuple(_in_type(held.memory, x.dtype) for held in held_layers)
+    pairs = zip(layers, held_layers, strict=True)
+    memories = tuple(_in_type(layer, held.memory, x.dtype) for layer, held in pairs)
     return memories, held_layers[0].progress
 
 
@@ -430,11 +431,11 @@ def _refuse_other(cache, layers, x):
         refuse_foreign_layer(i, held.memory, layer.memory_shapes(for_generation=True), {})
 
 
-def _in_type(memory, dtype):
+def _in_type(layer, memory, dtype):
     # A memory may have been read in another precision.
     if all(tensor.dtype == dtype for tensor in memory):
         return memory
-    return type(memory)(*(tensor.to(dtype) for tensor in memory))
+    return layer.in_type(memory, dtype)
 
 
 def _choose(rows, old, new):

@@ -8,6 +8,7 @@ softmax and activations are left out, as is usual.
 from functools import singledispatch
 
 from .configuration_melodi import MelodiConfig
+from .configuration_plain_transformer import PlainTransformerConfig
 from .configuration_transformer_xl import TransformerXLConfig
 
 
@@ -46,6 +47,23 @@ def _(config: MelodiConfig, num_tokens, queue_filled=None):
 def _(config: TransformerXLConfig, num_tokens, queue_filled=None):
     per_token = _projections(config) + 2 * _heads(config) * config.window_length
     return config.num_hidden_layers * num_tokens * per_token
+
+
+@body_products.register
+def _(config: PlainTransformerConfig, num_tokens, queue_filled=None):
+    # A token sees what its context has read, W tokens at most.
+    length = config.window_length
+    contexts, rest = divmod(num_tokens, config.context_windows * length)
+    pairs = contexts * _pairs_within(config.context_windows * length, length)
+    pairs += _pairs_within(rest, length)
+    products = num_tokens * _projections(config) + pairs * 2 * _heads(config)
+    return config.num_hidden_layers * products
+
+
+def _pairs_within(tokens, furthest):
+    # Pairs of tokens, one strictly before the other, at most `furthest` apart.
+    beginning = min(tokens, furthest)
+    return beginning * (beginning - 1) // 2 + (tokens - beginning) * furthest
 
 
 def _melodi_window(config, tokens, summaries, queue):
@@ -89,9 +107,11 @@ def held_bytes(config, bytes_per_number) -> int:
     return config.memory_floats() * bytes_per_number
 
 
-@held_bytes.register
-def _(config: TransformerXLConfig, bytes_per_number):
-    return 2 * config.memory_floats() * bytes_per_number  # the last window and the open one
+@held_bytes.register(PlainTransformerConfig)
+@held_bytes.register(TransformerXLConfig)
+def _(config, bytes_per_number):
+    tokens = config.tokens_carried + config.window_length  # and the open window
+    return config.num_hidden_layers * tokens * 2 * _heads(config) * bytes_per_number
 
 
 @held_bytes.register
@@ -107,6 +127,13 @@ def _(config: MelodiConfig, bytes_per_number):
 def decoding_bytes(config, slot, bytes_per_number) -> int:
     """Bytes that must be read to decode one token of one row, `slot` tokens into its window."""
     return weight_bytes(config, bytes_per_number) + config.memory_floats() * bytes_per_number
+
+
+@decoding_bytes.register
+def _(config: PlainTransformerConfig, slot, bytes_per_number):
+    seen = max(slot, config.tokens_carried)  # of a context that is long enough
+    read = config.num_hidden_layers * seen * 2 * _heads(config)
+    return weight_bytes(config, bytes_per_number) + read * bytes_per_number
 
 
 @decoding_bytes.register

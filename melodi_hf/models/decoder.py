@@ -63,16 +63,18 @@ class Memory(NamedTuple):
 
 @dataclass
 class DecoderOutput(BaseModelOutputWithPast):
-    """transformers' output and the memory."""
+    """transformers' output, the memory, and what the layers want to be trained on besides."""
 
     memory: Memory | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass
 class CausalLMOutput(CausalLMOutputWithPast):
-    """transformers' output and the memory."""
+    """transformers' output, the memory, and what the layers want to be trained on besides."""
 
     memory: Memory | None = None
+    aux_loss: Tensor | None = None
 
 
 class FeedForward(nn.Module):
@@ -95,6 +97,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     window_axis: ClassVar[dict[str, int]] = {}  # of the fields that grow with the open window
     changed_by_closing: ClassVar[tuple[str, ...]] = ()  # the fields that a new window finds changed
     kinds: ClassVar[dict[str, tuple[str, ...]]] = {}  # "short" and "long" -> their fields
+    kept_in_float32: ClassVar[tuple[str, ...]] = ()  # the fields that bfloat16 would spoil
 
     memory_type: ClassVar[type]  # the NamedTuple
     attention_map: AttentionMap
@@ -148,12 +151,18 @@ class DecoderLayer(GradientCheckpointingLayer):
     def empty_memory(self, batch_size, device, dtype, for_generation=False):
         """The memory before the first token."""
         shapes = self.memory_shapes(for_generation)
-        return self.memory_type(
+        empty = self.memory_type(
             **{
                 name: torch.zeros(batch_size, *shape, device=device, dtype=dtype)
                 for name, shape in shapes.items()
             }
         )
+        return self.in_type(empty, dtype)
+
+    def in_type(self, memory, dtype):
+        """The memory in another precision, but for what is kept in float32."""
+        exact = {name: getattr(memory, name).float() for name in self.kept_in_float32}
+        return type(memory)(*(tensor.to(dtype) for tensor in memory))._replace(**exact)
 
     def figures(self, memory, windows_read) -> dict[str, Tensor]:
         """Numbers that tell how this layer uses its memory, each a mean over rows.
@@ -294,8 +303,13 @@ class DecoderModel(DecoderPreTrainedModel):
         """What flows from layer to layer: the tokens, and whatever a system lets ride with them."""
         return (x,)
 
+    def auxiliary_loss(self, *riding) -> Tensor | None:
+        """What is to be made small besides the loss of the next token, from what rode with the
+        tokens through all layers; None if there is nothing."""
+        return None
+
     def read(self, x, memories, plan, columns=None, offload=False):
-        """x: B T D -> B T D and the memories after this call.
+        """x: B T D -> what flows out of the last layer, and the memories after this call.
 
         columns: where to lay out what tokens attend to, if that is asked for; offload: the
         memories wait on the CPU, and come to the device of x one at a time.
@@ -308,7 +322,7 @@ class DecoderModel(DecoderPreTrainedModel):
                 cast(DecoderLayer, layer).attention_map(columns, plan.chunks)
             streams, new = outputs[: len(streams)], outputs[len(streams) :]
             after.append(type(memory)(*(t.to("cpu") for t in new) if offload else new))
-        return streams[0], tuple(after)
+        return streams, tuple(after)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -344,7 +358,7 @@ class DecoderModel(DecoderPreTrainedModel):
             columns = Columns(before.progress, x.shape[1], mask, cache, window_length)
             plan.keep_weights()
         offload = cache is not None and cache.offloading
-        x, layers = self.read(x, before.layers, plan, columns, offload)
+        (x, *riding), layers = self.read(x, before.layers, plan, columns, offload)
         after = Memory(layers, plan.progress)
         if mask is not None:
             x = carry_forward(x, mask, cache)
@@ -354,6 +368,7 @@ class DecoderModel(DecoderPreTrainedModel):
             last_hidden_state=self.norm(x),
             past_key_values=past_key_values,
             memory=detach(after) if return_memory else None,
+            aux_loss=self.auxiliary_loss(*riding),
         )
 
     def embed(self, input_ids, inputs_embeds):
@@ -428,7 +443,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         return_memory=False,
         **kwargs,
     ) -> CausalLMOutput:
-        """Logits of the next token, and the loss.
+        """Logits of the next token, and the loss; training adds `aux_loss` if there is any.
 
         labels: B T, the ids themselves (the model shifts them); shift_labels: B T, the target of
         each position, as data whose targets cross segment borders has it; -100 is left out.
@@ -461,6 +476,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         else:
             columns = scored_columns(attention_mask, hidden, targets)
         loss, logits = self.score(take(hidden, columns), labels, take(targets, columns), **kwargs)
+        if self.training and loss is not None and outputs.aux_loss is not None:
+            loss = loss + outputs.aux_loss.to(loss)
         return CausalLMOutput(
             loss=loss,
             logits=put_back(logits, columns),
@@ -468,6 +485,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             memory=outputs.memory,
+            aux_loss=outputs.aux_loss,
         )
 
     def score(self, hidden, labels, targets, **kwargs):
