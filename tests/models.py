@@ -77,6 +77,7 @@ VARIED = [  # where all would take too long
     "plain_transformer",
 ]
 FORGETFUL = ["melodi_no_memory", "plain_transformer", "plain_transformer_window"]
+EACH_REMEMBERING = [name for name in EACH if name not in FORGETFUL]
 REMEMBERING = [name for name in SYSTEMS if name not in FORGETFUL]
 
 

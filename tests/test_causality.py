@@ -6,6 +6,7 @@ import torch
 from .models import (
     DOCUMENT,
     EACH,
+    EACH_REMEMBERING,
     WINDOW,
     assert_differ,
     assert_equal,
@@ -67,7 +68,7 @@ def test_a_token_does_not_attend_to_itself(name):
     assert_differ(seeing[:, 1], unseeing[:, 1])
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EACH_REMEMBERING)
 def test_empty_memory_is_attended_to_unless_masked(name):
     """Zeros take weight from the second token's only predecessor."""
     ids = draw(3, 2)

@@ -76,7 +76,8 @@ def test_continuations(folder, kind):
 
 
 def test_hf_begins_anew_after_max_length(folder):
-    whole, cut = load(HFLM, folder, max_length=1000), load(HFLM, folder, max_length=32)
+    # Not a multiple of what the plain Transformer forgets after.
+    whole, cut = load(HFLM, folder, max_length=1000), load(HFLM, folder, max_length=30)
     wanted = [document_by_hand(whole, text) for text in DOCUMENTS]
     assert rolling(whole) == pytest.approx(wanted, abs=1e-3)
     found = rolling(cut)
