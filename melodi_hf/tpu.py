@@ -241,6 +241,7 @@ class TpuTrainer(MemoryTrainer):
                 "gradient_checkpointing is True: on a TPU every window is computed once more in "
                 "backward as it is; give gradient_checkpointing=False"
             )
+        self.skip_logits = False  # its compiler decides what is kept
 
     def train(self, *args, **kwargs):
         model: Any = self.model

@@ -64,6 +64,9 @@ class MemoryTrainer(Trainer):
     """A Trainer for models that take `memory` and return it, on data sets such as `Segments`.
 
     schedule: the learning rate at `(step, total_steps)`, in place of `args.lr_scheduler_type`.
+
+    Logits are made a few rows at a time and never kept, unless a loss of one's own or label
+    smoothing asks for them.
     """
 
     def __init__(self, *args, schedule: Callable[[int, int], float] | None = None, **kwargs):
@@ -72,6 +75,7 @@ class MemoryTrainer(Trainer):
         refuse_torn_rows(self)
         self.label_names = ["shift_labels"]
         self.model_accepts_loss_kwargs = True
+        self.skip_logits = self.label_smoother is None and self.compute_loss_func is None
         # One for each micro-batch of a step; evaluation has one.
         self._memory: dict[str, list[Any]] = {"training": [], "evaluation": [None]}
         self._micro_batch = 0
@@ -121,9 +125,10 @@ class MemoryTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         held = self._memory["training" if model.training else "evaluation"]
         place = self._micro_batch if model.training else 0
-        memory = {"memory": held[place], "return_memory": True, "use_cache": False}
+        given = {"memory": held[place], "return_memory": True, "use_cache": False}
+        given["skip_logits"] = self.skip_logits
         loss, outputs = super().compute_loss(
-            model, {**inputs, **memory}, return_outputs=True, num_items_in_batch=num_items_in_batch
+            model, {**inputs, **given}, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         held[place] = outputs.memory
         return (loss, outputs) if return_outputs else loss

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from melodi_hf.models import attention, loss
 from melodi_hf.models.attention import HIDDEN, RecomputedAttention, attend
-from melodi_hf.models.loss import CrossEntropy, causal_lm_loss
+from melodi_hf.models.loss import CrossEntropy, LinearCrossEntropy, causal_lm_loss
 from melodi_hf.models.norm import Normalise, RMSNorm, unit
 from melodi_hf.models.position import distance_bucket, spread_by_distance
 
@@ -146,6 +147,42 @@ def test_loss_equals_that_of_torch_in_float32(dtype):
     (ours,), (theirs,) = torch.autograd.grad(found, logits), torch.autograd.grad(wanted, logits)
     assert ours.dtype == dtype
     assert_near(ours.float(), theirs.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 14, 1 << 20], ids=["a row", "two rows", "all"])
+@pytest.mark.usefixtures("float64")
+def test_loss_without_logits_has_the_gradient_of_its_values(monkeypatch, chunk):
+    monkeypatch.setattr(loss, "CHUNK_OF_PRODUCTS", chunk)
+    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([3, -100, 0, 6, 3])
+
+    def found(*given):
+        return LinearCrossEntropy.apply(*given, target, -100)
+
+    assert gradcheck(found, (hidden, weight))
+    assert gradcheck(lambda hidden: found(hidden, weight.detach()), (hidden,))
+    assert gradcheck(lambda weight: found(hidden.detach(), weight), (weight,))
+    wanted = functional.cross_entropy(hidden @ weight.T, target, reduction="sum")
+    assert_near(found(hidden, weight), wanted, atol=1e-12)
+
+
+def test_loss_without_logits_never_holds_them():
+    """The largest tensor that is made while a loss of 1000 rows and 500 words is computed."""
+    hidden = torch.randn(1000, 8, requires_grad=True)
+    weight, target = torch.randn(500, 8, requires_grad=True), torch.randint(500, (1000,))
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            sizes.append(made.numel() if isinstance(made, torch.Tensor) else 0)
+            return made
+
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(loss, "CHUNK_OF_PRODUCTS", 10_000)
+        LinearCrossEntropy.apply(hidden, weight, target, -100).backward()
+    assert max(sizes) == 20 * 500
 
 
 def test_loss_of_large_logits_is_finite():

@@ -313,3 +313,31 @@ def test_inputs_of_another_kind_are_refused(name, wrong):
     ids = {"float ids": ids.float(), "list of ids": ids.tolist()}.get(wrong, ids)
     with pytest.raises(ValueError, match=r"whole numbers|other than 0 and 1"):
         model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("padded", [False, True])
+def test_skipping_the_logits_changes_neither_loss_nor_gradients(name, padded):
+    model, ids = build(name).train(), draw(2, DOCUMENT)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 1 - padded
+    kwargs = {"labels": ids, "attention_mask": mask, "num_items_in_batch": torch.tensor(50)}
+    losses, gradients = [], []
+    for skip in (False, True):
+        model.zero_grad()
+        output = model(ids, skip_logits=skip, **kwargs)
+        assert (output.logits is None) == skip
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert_near(*losses, atol=1e-6)
+    for plain, lean in zip(*gradients, strict=True):
+        assert_near(lean, plain, atol=1e-6)
+
+
+def test_logits_are_there_where_something_else_watches_the_head():
+    model, ids = build("melodi"), draw(1, DOCUMENT)
+    assert model(ids, skip_logits=True).logits is not None, "without labels there is no loss"
+    with model.lm_head.register_forward_hook(lambda *_: None):
+        assert model(ids, labels=ids, skip_logits=True).logits is not None
+    assert model(ids, labels=ids, skip_logits=True).logits is None

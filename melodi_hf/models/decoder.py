@@ -36,7 +36,16 @@ from .attention import Temperature
 from .attention_map import AttentionMap, Columns
 from .cache import fetch_memory, store_memory
 from .configuration_decoder import DecoderConfig
-from .loss import causal_lm_loss, hide_blind, put_back, scored_columns, shifted, take
+from .loss import (
+    causal_lm_loss,
+    hide_blind,
+    is_plain_head,
+    loss_without_logits,
+    put_back,
+    scored_columns,
+    shifted,
+    take,
+)
 from .norm import RMSNorm
 from .position import RelativePosition
 from .refusals import (
@@ -441,6 +450,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         memory=None,
         reset_memory=None,
         return_memory=False,
+        skip_logits=False,
         **kwargs,
     ) -> CausalLMOutput:
         """Logits of the next token, and the loss; training adds `aux_loss` if there is any.
@@ -448,6 +458,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         labels: B T, the ids themselves (the model shifts them); shift_labels: B T, the target of
         each position, as data whose targets cross segment borders has it; -100 is left out.
         memory, reset_memory (B,), return_memory: see the module.
+        skip_logits: where there are labels, the loss alone, in a fraction of the memory.
 
         Raises `ValueError` for ids outside the vocabulary, labels of another shape, masks that are
         not B T, packed rows, and the memory of another model or batch size.
@@ -475,12 +486,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             hidden = hidden[:, -logits_to_keep:]
         else:
             columns = scored_columns(attention_mask, hidden, targets)
-        loss, logits = self.score(take(hidden, columns), labels, take(targets, columns), **kwargs)
+        score = self.score_in_parts if skip_logits and targets is not None else self.score
+        loss, logits = score(take(hidden, columns), labels, take(targets, columns), **kwargs)
         if self.training and loss is not None and outputs.aux_loss is not None:
             loss = loss + outputs.aux_loss.to(loss)
         return CausalLMOutput(
             loss=loss,
-            logits=put_back(logits, columns),
+            logits=None if logits is None else put_back(logits, columns),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -496,6 +508,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         vocab_size = self.config.vocab_size
         given = {"logits": logits, "labels": labels, "shift_labels": targets}
         return self.loss_function(**given, vocab_size=vocab_size, **kwargs), logits
+
+    def score_in_parts(self, hidden, labels, targets, **kwargs):
+        """The loss without the logits, where nothing else wants to see the head at work."""
+        if not is_plain_head(self.lm_head) or torch.compiler.is_compiling():
+            return self.score(hidden, labels, targets, **kwargs)
+        hidden = self.dropout(hidden) * self.config.hidden_size**-0.5
+        return loss_without_logits(hidden, self.lm_head.weight, targets, **kwargs), None
 
 
 def make_known(model, language_model):

@@ -1,10 +1,13 @@
-"""Cross-entropy that keeps nothing but the logits."""
+"""Cross-entropy that keeps nothing but the logits, and one that never has all of them."""
 
 import torch
 from torch import nn
 
 CHUNK = 1 << 20  # logits that a CPU works on at once: 4 MB of float32 stay in its cache
 CHUNK_ELSEWHERE = 1 << 26  # few kernels, and still little beside the logits
+CHUNK_OF_PRODUCTS = (
+    1 << 23
+)  # logits that are made at once: a matrix product wants some hundred rows
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -39,9 +42,63 @@ class CrossEntropy(torch.autograd.Function):
         return grad_logits, None, None
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """`CrossEntropy` of the logits `hidden @ weight.T`, of which a few rows are there at a time.
+
+    Their gradients are made where they are, in forward, so that nothing is computed twice (Hsu et
+    al., 2024, Liger Kernel): 4096 tokens and a vocabulary of 32 000 take 33 MB in place of 1 GB.
+    hidden: N D; weight: V D; target: N.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, ignore_index):
+        rows = max(1, _chunk(hidden, CHUNK_OF_PRODUCTS) // len(weight))
+        counted, target = target != ignore_index, target.clamp(min=0)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        sums = []
+        for first in range(0, len(hidden), rows):
+            part = slice(first, first + rows)
+            x, chosen, scale = hidden[part], target[part, None], counted[part, None].float()
+            logits = (x @ weight.T).float()
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            sums.append(((normaliser - logits.gather(-1, chosen)) * scale).sum())
+            if not (needs_hidden or needs_weight):
+                continue
+            softmax = logits.sub_(normaliser).exp_().mul_(scale)
+            error = softmax.scatter_add_(-1, chosen, -scale).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = error @ weight
+            if grad_weight is not None:
+                _add_product(grad_weight, error.T, x)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight = ctx.saved_tensors
+        return (
+            None if hidden is None else hidden * grad.to(hidden.dtype),
+            None if weight is None else weight * grad.to(weight.dtype),
+            None,
+            None,
+        )
+
+
+def _add_product(total, left, right):
+    if torch.is_autocast_enabled(total.device.type):  # which has no product in place
+        total += left @ right
+    else:
+        total.addmm_(left, right)
+
+
+def _chunk(tensor, on_a_cpu):
+    return on_a_cpu if tensor.device.type == "cpu" else CHUNK_ELSEWHERE
+
+
 def _rows_at_once(logits):
-    chunk = CHUNK if logits.device.type == "cpu" else CHUNK_ELSEWHERE
-    return max(1, chunk // logits.shape[-1])
+    return max(1, _chunk(logits, CHUNK) // logits.shape[-1])
 
 
 def causal_lm_loss(
@@ -59,11 +116,34 @@ def causal_lm_loss(
         )
     else:
         total = CrossEntropy.apply(logits, target, ignore_index)
+    return _mean(total, target, num_items_in_batch, ignore_index)
+
+
+def loss_without_logits(hidden, weight, targets, num_items_in_batch=None, ignore_index=-100, **_):
+    """`causal_lm_loss` of `hidden @ weight.T`, whose logits are never there as a whole.
+
+    hidden: B T D; weight: V D; targets: B T, already shifted.
+    """
+    target = targets.reshape(-1).to(hidden.device)
+    hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
+    total = LinearCrossEntropy.apply(hidden, weight, target, ignore_index)
+    return _mean(total, target, num_items_in_batch, ignore_index)
+
+
+def _mean(total, target, num_items_in_batch, ignore_index):
     if num_items_in_batch is None:
         num_items_in_batch = (target != ignore_index).sum()
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+def is_plain_head(head):
+    """Whether a head is a matrix that may be used without calling its module."""
+    is_linear = type(head) is nn.Linear and head.bias is None
+    hooks = is_linear and (head._forward_hooks or head._forward_pre_hooks)
+    is_tensor = is_linear and type(head.weight) is nn.Parameter and not head.weight.is_meta
+    return bool(is_tensor and not hooks)
 
 
 def shifted(labels, shift_labels, ignore_index=-100):
