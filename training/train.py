@@ -132,17 +132,27 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, checkpoint: Pat
         segment_windows=recipe.evaluation.segment_windows,
         num_rows=recipe.evaluation.num_rows,
     )
+    fed = trainer.train_dataset
+    assert isinstance(fed, Segments)
     results = {
         "name": name,
         "recipe": recipe.as_dict(),
         **environment(),
         "world_size": trainer.args.world_size,
         "seed": recipe.training.seed,
-        "data": {"train": train_data.as_dict(), "test": test_data.as_dict()},
+        "data": {
+            "train": train_data.as_dict(),
+            "test": test_data.as_dict(),
+            "order": fed.digest(trainer.state.global_step * fed.num_rows),
+        },
         "parameters": model.num_parameters(),
         "memory_floats": model.config.memory_floats(),
         "resumed": checkpoint is not None,
-        "training": {"history": [history_entry(entry) for entry in logs]},
+        "training": {
+            "updates": trainer.state.global_step,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "history": [history_entry(entry) for entry in logs],
+        },
         "tokens_per_second": statistics.median(e["tokens_per_second"] for e in logs),
         "evaluation": evaluation,
         "continuation": continuation(recipe, model, tokenizer, test_data),

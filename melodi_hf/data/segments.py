@@ -15,6 +15,7 @@ A document ids[0..n) is read as start, ids[0], ..., ids[n-2] and predicts ids[0]
 Inputs and targets have the same length and every token is a target exactly once per epoch.
 """
 
+import hashlib
 import heapq
 import operator
 from collections.abc import Sequence
@@ -133,6 +134,15 @@ class Segments(Dataset):
             "shift_labels": shift_labels,
             "reset_memory": torch.tensor(place is None or place.offset == 0),
         }
+
+    def digest(self, count: int) -> str:
+        """Name all that the first `count` items hold, in their order: runs that are fed the same
+        have the same name."""
+        found = hashlib.sha256()
+        for index in range(count):
+            for values in self[index].values():
+                found.update(values.numpy().astype("<i4").tobytes())
+        return found.hexdigest()
 
     def document_index(self, index: int) -> Place | None:
         """Tell which part of which document item `index` is; None for a segment of padding only."""

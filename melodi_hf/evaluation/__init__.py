@@ -5,6 +5,8 @@ intervals      how sure a perplexity is, and a difference
 variants       runs of several variants and seeds, compared
 continuation   documents of any length, continued from what the memory holds
 tables, plots  results as Markdown and as pictures
+systems        what the systems are, side by side: one page
+comparison     all systems on the same tokens: the tables of their runs
 cards          the model card of a run
 loading        models from folders and from the Hub
 

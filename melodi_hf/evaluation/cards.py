@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
 import melodi_hf  # noqa: F401  AutoConfig knows our models from now on
+from melodi_hf.evaluation.systems import read_systems
 from melodi_hf.evaluation.tables import (
     Evaluation,
     Results,
@@ -22,11 +23,6 @@ from melodi_hf.evaluation.tables import (
 )
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
-SYSTEMS = {
-    "melodi": "MELODI",
-    "transformer_xl": "Transformer-XL",
-    "plain_transformer": "Transformer without memory",
-}
 LIBRARY = "Python's standard library"
 PLOT = "perplexity_by_position.png"  # what a run calls its plot
 EMPTY_SECTION = re.compile(r"^## [^\n]+\n\s*(?=^## |\Z)", re.MULTILINE)
@@ -98,7 +94,8 @@ def write_card(
     """
     run_dir = Path(run_dir)
     config = AutoConfig.from_pretrained(run_dir)
-    title, trained = SYSTEMS[config.model_type], ""
+    system = read_systems()[config.model_type]
+    title, trained = system.name, ""
     if results is not None:
         corpus = describe_corpus(results)
         title = f"{title}, {describe_size(results['parameters'])}, {corpus}"
@@ -106,8 +103,9 @@ def write_card(
     fields = {
         "front_matter": front_matter(results, title, license),
         "title": title,
-        "summary": f"A memory transformer{trained}: it reads a document of any length "
-        f"in windows of {config.window_length} tokens and holds a memory of constant size.",
+        "summary": f"A language model{trained}: it reads a document of any length in windows of "
+        f"{config.window_length} tokens, in constant memory. "
+        f"From window to window it carries {system.carries}.",
         "snippet": SNIPPET.format(name=repo_id or shown(run_dir)),
         "carrying": CARRYING,
         "memory": describe_memory(config),
@@ -205,7 +203,8 @@ def memory_kinds(config: PreTrainedConfig) -> list[tuple[str, str, int]]:
     """Name, reach and size of each memory that the configuration asks for."""
     total = config.memory_floats()
     if config.model_type != "melodi":
-        return [("keys and values", f"{config.window_length:,} tokens, exactly", total)]
+        system = read_systems()[config.model_type]
+        return [(system.memory, system.reaches.format(config=config), total)]
     short = config.num_short_memory_tokens * config.num_hidden_layers * config.hidden_size
     kinds = []
     if short:
@@ -218,7 +217,7 @@ def memory_kinds(config: PreTrainedConfig) -> list[tuple[str, str, int]]:
         tokens = windows * config.window_length
         reach = f"the last {windows} windows, {tokens:,} tokens; then dropped"
         kinds.append((f"long-term, {added} tokens per window", reach, total - short))
-    return kinds
+    return kinds or [("none", "the open window alone", 0)]
 
 
 def describe_evaluation(results: Results, run_dir: Path) -> str:

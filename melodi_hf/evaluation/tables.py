@@ -14,8 +14,16 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from melodi_hf.evaluation.comparison import comparison_tables
+from melodi_hf.evaluation.markdown import (
+    Estimate,
+    format_cell,
+    markdown_table,
+    percent,
+    seed_range,
+)
 from melodi_hf.evaluation.variants import Run, by_variant, difference, perplexities, read_run
 
 Results = dict[str, Any]  # the JSON of one run
@@ -32,62 +40,6 @@ EVALUATION_HEADERS = [
     "bits per byte",
     "worth of the memory",
 ]
-
-
-class Estimate(NamedTuple):
-    """A number and its interval, if it has one."""
-
-    value: float | None
-    interval: Sequence[float] | None = None
-
-    def __str__(self):
-        return with_interval(*map(format_cell, (self.value, *(self.interval or ()))))
-
-
-def with_interval(value: str, low: str | None = None, high: str | None = None) -> str:
-    return value if low is None else f"{value} ({low} to {high})"
-
-
-def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; columns of numbers are set to the right."""
-    rows = [list(row) for row in rows]
-    for row in rows:
-        if len(row) != len(headers):
-            raise ValueError(f"a row has {len(row)} cells, the table {len(headers)} columns: {row}")
-    columns = [[row[i] for row in rows] for i in range(len(headers))]
-    lines = [
-        " | ".join(headers),
-        "|".join("--:" if is_numeric(column) else "---" for column in columns),
-        *(" | ".join(map(format_cell, row)) for row in rows),
-    ]
-    return "\n".join(f"| {line} |" if i != 1 else f"|{line}|" for i, line in enumerate(lines))
-
-
-def is_numeric(column: Sequence[Any]) -> bool:
-    """Whether a column holds numbers and blanks only."""
-    cells = [cell for cell in column if cell is not None]
-    return bool(cells) and all(type(cell) in (int, float, Estimate) for cell in cells)
-
-
-def format_cell(cell: Any) -> str:
-    """Whole numbers in groups of three, others with three digits or more, nothing as a blank."""
-    if cell is None:
-        return ""
-    if type(cell) not in (int, float):
-        return str(cell).replace("|", r"\|").replace("\n", " ")
-    if not isinstance(cell, int) and abs(cell) >= 1e6:
-        return f"{cell:.2e}"
-    if isinstance(cell, int) or abs(cell) >= 1000:
-        return f"{cell:,.0f}"
-    return f"{cell:.2f}" if abs(cell) >= 10 else f"{cell:.3f}"
-
-
-def percent(
-    part: float | None, interval: Sequence[float] | None = None, form: str = ".1f"
-) -> str | None:
-    if part is None:
-        return None
-    return with_interval(*(f"{100 * each:{form}}%" for each in (part, *(interval or ()))))
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Results]:
@@ -181,13 +133,6 @@ def variants_table(runs: Iterable[Run], base: str | None = None) -> str:
     return markdown_table(headers, rows)
 
 
-def seed_range(changes: Sequence[float]) -> str | None:
-    """The least and the greatest, if there are two."""
-    if len(changes) < 2:
-        return None
-    return f"{percent(min(changes), form='+.1f')} to {percent(max(changes), form='+.1f')}"
-
-
 def position_table(evaluation: Evaluation) -> str:
     """Perplexity by how far into its document a token stands, one column per setting but those of
     shorter queues, which differ too little to be read here."""
@@ -236,6 +181,7 @@ def tables(root: str | Path) -> dict[str, str]:
         found[f"memory/{path.stem}"] = memory_table(results["evaluation"])
     for folder in sorted(Path(root, "model_cards/results").glob("*/")):
         found |= variants_tables(folder)
+        found |= comparison_tables(folder, Path(root, "benchmarks/results"))
     for path in sorted(Path(root, "benchmarks/results").glob("*.json")):
         found[f"benchmarks/{path.stem}"] = benchmark_table(path)
     return found
