@@ -6,10 +6,15 @@ Importing the package registers every model with the Auto classes of transformer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .models.cache import MelodiCache
+from .models.configuration_compressive_transformer import CompressiveTransformerConfig
 from .models.configuration_melodi import MelodiConfig
 from .models.configuration_plain_transformer import PlainTransformerConfig
 from .models.configuration_transformer_xl import TransformerXLConfig
 from .models.meliad import from_meliad
+from .models.modeling_compressive_transformer import (
+    CompressiveTransformerForCausalLM,
+    CompressiveTransformerModel,
+)
 from .models.modeling_melodi import MelodiForCausalLM, MelodiModel
 from .models.modeling_plain_transformer import PlainTransformerForCausalLM, PlainTransformerModel
 from .models.modeling_transformer_xl import TransformerXLForCausalLM, TransformerXLModel
@@ -17,6 +22,9 @@ from .models.modeling_transformer_xl import TransformerXLForCausalLM, Transforme
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressiveTransformerConfig",
+    "CompressiveTransformerForCausalLM",
+    "CompressiveTransformerModel",
     "MelodiCache",
     "MelodiConfig",
     "MelodiForCausalLM",
@@ -34,6 +42,11 @@ for config, model, language_model in (
     (MelodiConfig, MelodiModel, MelodiForCausalLM),
     (TransformerXLConfig, TransformerXLModel, TransformerXLForCausalLM),
     (PlainTransformerConfig, PlainTransformerModel, PlainTransformerForCausalLM),
+    (
+        CompressiveTransformerConfig,
+        CompressiveTransformerModel,
+        CompressiveTransformerForCausalLM,
+    ),
 ):
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)

@@ -3,6 +3,8 @@
 import torch
 
 from melodi_hf import (
+    CompressiveTransformerConfig,
+    CompressiveTransformerForCausalLM,
     MelodiCache,
     MelodiConfig,
     MelodiForCausalLM,
@@ -38,10 +40,18 @@ TINY_MELODI = TINY | {
     "num_long_memory_tokens": 2,
     "long_memory_windows": 3,
 }
+TINY_SCALED = TINY | {
+    "memory_length": 2 * WINDOW,
+    "compressed_memory_length": 6,  # slots: those of a window and a half
+    "compression": "dilated_conv",
+    "compression_loss": "none",
+    "compressed_position": "scaled",
+}
 MODEL_CLASSES = {
     MelodiConfig: MelodiForCausalLM,
     TransformerXLConfig: TransformerXLForCausalLM,
     PlainTransformerConfig: PlainTransformerForCausalLM,
+    CompressiveTransformerConfig: CompressiveTransformerForCausalLM,
 }
 
 SYSTEMS = {
@@ -63,10 +73,16 @@ SYSTEMS = {
     "transformer_xl_bias": (TransformerXLConfig, TINY | {"mlp_bias": True}),
     "plain_transformer": (PlainTransformerConfig, TINY | {"context_windows": 2}),
     "plain_transformer_window": (PlainTransformerConfig, TINY),
+    "compressive_transformer": (CompressiveTransformerConfig, TINY),
+    "compressive_transformer_most_used": (
+        CompressiveTransformerConfig,
+        TINY | {"compression": "most_used", "compression_loss": "none"},
+    ),
+    "compressive_transformer_scaled": (CompressiveTransformerConfig, TINY_SCALED),
 }
 MELODIS = [name for name in SYSTEMS if name.startswith("melodi")]
 # One of each system, where its variants cannot differ.
-EACH = ["melodi", "transformer_xl", "plain_transformer"]
+EACH = ["melodi", "transformer_xl", "plain_transformer", "compressive_transformer"]
 VARIED = [  # where all would take too long
     "melodi",
     "melodi_no_short",
@@ -75,6 +91,8 @@ VARIED = [  # where all would take too long
     "transformer_xl",
     "transformer_xl_masked",
     "plain_transformer",
+    "compressive_transformer",
+    "compressive_transformer_most_used",
 ]
 FORGETFUL = ["melodi_no_memory", "plain_transformer", "plain_transformer_window"]
 EACH_REMEMBERING = [name for name in EACH if name not in FORGETFUL]
@@ -83,6 +101,10 @@ REMEMBERING = [name for name in SYSTEMS if name not in FORGETFUL]
 
 def build_config(name, **changes):
     config_class, sizes = SYSTEMS[name]
+    window = changes.get("window_length", WINDOW)
+    for length in ("memory_length", "compressed_memory_length"):  # grow with the window
+        if length in sizes:
+            sizes = sizes | {length: -(-sizes[length] * window // WINDOW)}
     return config_class(**sizes | changes)
 
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from melodi_hf import MelodiCache, MelodiConfig, MelodiForCausalLM, TransformerXLConfig
+from melodi_hf import (
+    CompressiveTransformerConfig,
+    CompressiveTransformerForCausalLM,
+    MelodiCache,
+    MelodiConfig,
+    MelodiForCausalLM,
+    TransformerXLConfig,
+)
 from melodi_hf.models.costs import decoding_bytes, forward_flops, held_bytes, training_flops
 
 PAPER = MelodiConfig()
@@ -19,6 +26,12 @@ TINY = MelodiConfig(
 TINY_XL = TransformerXLConfig(
     vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
     intermediate_size=64, window_length=8,
+)  # fmt: skip
+
+TINY_COMPRESSIVE = CompressiveTransformerConfig(
+    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+    intermediate_size=64, window_length=8, memory_length=16, compressed_memory_length=6,
+    attn_implementation="eager",
 )  # fmt: skip
 
 
@@ -62,7 +75,32 @@ def projected_queue(config):  # in training the queue's tokens are projected onc
     return 2 * 2 * config.hidden_size * 32 * config.long_memory_length
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_XL])
+@pytest.mark.parametrize("num_tokens", [24, 29])
+@pytest.mark.parametrize("kind", ["mean_pool", "conv", "dilated_conv", "most_used"])
+def test_what_a_compressive_transformer_runs_is_what_is_counted(kind, num_tokens):
+    # The plain implementation computes hidden pairs too, and a call of its own begins with keys and
+    # values of both memories: they are added to the count here.
+    sizes = TINY_COMPRESSIVE.to_dict() | {"compression": kind, "compression_loss": "none"}
+    config = CompressiveTransformerConfig(**sizes, attn_implementation="eager")
+    model = CompressiveTransformerForCausalLM(config).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(0, 50, (1, num_tokens)), use_cache=False, return_memory=True)
+    windows, rest = divmod(num_tokens, 8)
+    hidden = 2 * (windows * 36 + rest * (rest + 1) // 2)  # scores, values
+    hidden += windows * 36 * (kind == "most_used")  # the scores that rank the states
+    waste = 2 * 2 * 32 * (hidden + 2 * 32 * 22)
+    assert counter.get_total_flops() == forward_flops(config, num_tokens) + waste
+
+
+def test_decoding_with_two_memories_reads_keys_and_values_of_both():
+    few = TINY_COMPRESSIVE.to_dict() | {"compressed_memory_length": 4}
+    more, less = (
+        decoding_bytes(c, 3, 2) for c in (TINY_COMPRESSIVE, type(TINY_COMPRESSIVE)(**few))
+    )
+    assert more - less == 2 * 2 * 2 * 32 * 2  # slots, layers, keys and values, channels, bytes
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_XL, TINY_COMPRESSIVE])
 def test_cache_holds_the_bytes_that_are_counted(config):
     from transformers import AutoModelForCausalLM
 

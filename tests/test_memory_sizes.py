@@ -2,7 +2,7 @@
 
 import pytest
 
-from melodi_hf import MelodiConfig, TransformerXLConfig
+from melodi_hf import CompressiveTransformerConfig, MelodiConfig, TransformerXLConfig
 
 TOKENS = 65536  # that the long-term memory of every row covers
 
@@ -89,3 +89,27 @@ def test_memory_grows_with_every_size_that_it_holds():
     assert melodi(13, 1024, 512, 128, 64).memory_floats() - floats == 128 * 1024
     assert melodi(12, 1024, 512, 129, 64).memory_floats() - floats == 12 * 1024
     assert melodi(12, 1024, 512, 128, 65).memory_floats() - floats == 2 * 128 * 1024
+
+
+@pytest.mark.parametrize(
+    ("sizes", "exact", "printed"),
+    [
+        # 12 layers, both memories of 512 slots (arithmetic, the paper prints no such number)
+        ((12, 1024, 512, 512, 512, 2), 12_582_912, 12.6),
+        # PG-19 and enwik8 (Rae et al., 2020, section 5)
+        ((36, 1024, 512, 512, 512, 2), 37_748_736, 37.7),
+        ((24, 1024, 768, 768, 1152, 3), 47_185_920, 47.2),
+    ],
+)
+def test_both_memories_of_a_compressive_transformer(sizes, exact, printed):
+    layers, channels, window, memory, compressed, rate = sizes
+    config = CompressiveTransformerConfig(
+        num_hidden_layers=layers,
+        hidden_size=channels,
+        window_length=window,
+        memory_length=memory,
+        compressed_memory_length=compressed,
+        compression_rate=rate,
+    )
+    assert config.memory_floats() == exact
+    assert round(exact / 1e6, 1) == printed

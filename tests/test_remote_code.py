@@ -24,6 +24,7 @@ SYSTEMS = {
     "melodi": "Melodi",
     "transformer_xl": "TransformerXL",
     "plain_transformer": "PlainTransformer",
+    "compressive_transformer": "CompressiveTransformer",
 }
 IDS = torch.arange(1, 22)[None] * 7 % 61
 

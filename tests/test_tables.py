@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from melodi_hf import (
+    CompressiveTransformerConfig,
     MelodiConfig,
     MelodiForCausalLM,
     TransformerXLConfig,
@@ -413,3 +414,16 @@ def test_the_card_counts_what_the_configuration_counts(sizes, kinds):
     assert [re.match(r"\| ([\w-]+)", row)[1] for row in rows] == kinds
     numbers, size = config.memory_floats(), 2 * config.memory_floats()
     assert rows[-1].endswith(f"| {numbers:,} | {size:,} |")
+
+
+def test_the_card_of_two_memories_tells_how_far_each_reaches():
+    sizes = {"window_length": 512, "memory_length": 1024, "compressed_memory_length": 1024}
+    told = describe_memory(CompressiveTransformerConfig(**sizes, compression_rate=4))
+    rows = [line for line in told.splitlines() if line.startswith("| ")][1:]
+    one = 12 * 1024 * 1024
+    assert rows == [
+        f"| hidden states | 1,024 tokens, exactly | {one:,} | {2 * one:,} |",
+        f"| compressed, 1024 slots per layer | the 4,096 tokens before; then dropped "
+        f"| {one:,} | {2 * one:,} |",
+        f"| together |  | {2 * one:,} | {4 * one:,} |",
+    ]

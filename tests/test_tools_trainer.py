@@ -39,11 +39,18 @@ def losses_by_hand(model, smoothing=0.0):
     """Cross-entropy of each token but the first, with part of the target spread over all tokens."""
     ids = torch.stack([document["input_ids"] for document in documents()])
     with torch.no_grad():
-        logits = model(ids).logits[:, :-1]
+        logits = model.eval()(ids).logits[:, :-1]
     log_probabilities, targets = logits.log_softmax(-1), ids[:, 1:]
     chosen = -log_probabilities.gather(-1, targets[..., None])[..., 0]
     loss = (1 - smoothing) * chosen - smoothing * log_probabilities.mean(-1)
-    return [rows.mean().item() for rows in loss.split(ROWS)]
+    batches = zip(loss.split(ROWS), ids.split(ROWS), strict=True)
+    return [rows.mean().item() + auxiliary(model, batch, smoothing) for rows, batch in batches]
+
+
+def auxiliary(model, ids, smoothing):
+    """What the model is trained on besides; with smoothing the Trainer makes a loss of its own."""
+    added = model.train()(ids, labels=ids).aux_loss
+    return 0.0 if added is None or smoothing else added.item()
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -49,7 +49,10 @@ def test_sft_runs_with_its_defaults(tmp_path, name):
     before = dict(build(name).named_parameters())
     assert all(weight.dtype == torch.float32 for weight in before.values())
     same = {k for k, new in trainer.model.named_parameters() if torch.equal(new, before[k])}
-    assert all(key.startswith("model.layers.2.summary_mixer") for key in same), "nobody follows it"
+    nobody_follows_it = {key for key in same if key.startswith("model.layers.2.summary_mixer")}
+    # TRL makes a loss of its own from the hidden states, and leaves out what is trained besides.
+    left_out = {key for key in before if ".compression." in key}
+    assert same == nobody_follows_it | left_out
 
 
 REFUSED = {

@@ -97,14 +97,16 @@ def train(model, segments):
 def test_checkpointing_changes_neither_loss_nor_gradients(name, use_reentrant):
     model = build(name, dropout=0.1, attention_dropout=0.1).train()
     segments = [draw(2, length) for length in (2 * WINDOW, WINDOW + 3, 2 * WINDOW)]
+    calls = []
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     wanted = train(model, segments)
+    once = len(calls)
     enable = "activation_checkpointing_enable"  # gradient_..., before transformers 5.20
     enable = enable if hasattr(model, enable) else "gradient_checkpointing_enable"
     getattr(model, enable)({"use_reentrant": use_reentrant})
-    calls = []  # forward, and again in backward
-    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     found = train(model, segments)
-    assert len(calls) == 2 * len(segments)
+    assert once >= len(segments)
+    assert len(calls) == once + 2 * once  # forward, and again in backward
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -119,7 +121,11 @@ def gradient_of_the_last_window(model, ids, calls):
     return x.grad[:, :WINDOW]
 
 
-@pytest.mark.parametrize("name", REMEMBERING)
+# The paper's memories stop them: test_compression.
+CROSSED = [name for name in REMEMBERING if not name.startswith("compressive")]
+
+
+@pytest.mark.parametrize("name", CROSSED)
 def test_gradients_cross_windows_but_not_calls(name):
     model, ids = build(name).train(), draw(1, 2 * WINDOW)
     within = gradient_of_the_last_window(model, ids, calls=1)
@@ -129,7 +135,11 @@ def test_gradients_cross_windows_but_not_calls(name):
 
 
 def unread_by_anything(config):
-    """The summary tokens' way beyond the last layer that keeps something of them."""
+    """The summary tokens' way beyond the last layer that keeps something of them; a compression
+    that another loss trains, in training alone, or whose slots enter the memory too late."""
+    if config.model_type == "compressive_transformer":
+        layers = range(config.num_hidden_layers)
+        return tuple(f"model.layers.{i}.compression." for i in layers)
     if config.model_type != "melodi":
         return ()
     every = range(config.num_hidden_layers)

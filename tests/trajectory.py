@@ -47,6 +47,7 @@ OTHERS = {
     "paper": {"optimizer": PAPER, "max_grad_norm": 0.0},
     "without queue": {"name": "melodi_no_long"},
     "another system": {"name": "transformer_xl"},
+    "another loss": {"name": "compressive_transformer"},
 }
 
 

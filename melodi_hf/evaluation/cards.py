@@ -55,6 +55,15 @@ CITATIONS = {
   year = {2017},
   url = {https://arxiv.org/abs/1706.03762}
 }""",
+    "compressive_transformer": """
+@inproceedings{rae2020compressive,
+  title = {Compressive Transformers for Long-Range Sequence Modelling},
+  author = {Rae, Jack W. and Potapenko, Anna and Jayakumar, Siddhant M. and Hillier, Chloe and
+            Lillicrap, Timothy P.},
+  booktitle = {International Conference on Learning Representations},
+  year = {2020},
+  url = {https://arxiv.org/abs/1911.05507}
+}""",
 }
 
 SNIPPET = """\
@@ -202,6 +211,14 @@ def describe_memory(config: PreTrainedConfig) -> str:
 def memory_kinds(config: PreTrainedConfig) -> list[tuple[str, str, int]]:
     """Name, reach and size of each memory that the configuration asks for."""
     total = config.memory_floats()
+    if config.model_type == "compressive_transformer":
+        slots, held = config.slots_carried, config.tokens_carried
+        floats = config.num_hidden_layers * slots * config.hidden_size
+        reach = f"the {slots * config.compression_rate:,} tokens before; then dropped"
+        return [
+            ("hidden states", f"{held:,} tokens, exactly", total - floats),
+            (f"compressed, {slots} slots per layer", reach, floats),
+        ]
     if config.model_type != "melodi":
         system = read_systems()[config.model_type]
         return [(system.memory, system.reaches.format(config=config), total)]

@@ -121,11 +121,13 @@ def hide_empty(bias, num_slots, filled):
     """Hide the slots of the memory that a row has not filled yet.
 
     bias: ... J, J the keys, the first `num_slots` of which are the memory, oldest slot first, or
-    None if the memory is all there is; filled (B,): slots that are not empty. Returns B H T J.
+    None if the memory is all there is; filled: how many slots are not empty (B,), the newest of
+    them, or which (B num_slots). Returns B H T J.
     """
-    bias = filled.new_zeros(1, 1, num_slots, dtype=torch.float32) if bias is None else bias
-    keys = torch.arange(bias.shape[-1], device=bias.device)
-    empty = keys < num_slots - filled[:, None]
+    bias = torch.zeros(1, 1, num_slots, device=filled.device) if bias is None else bias
+    if filled.dim() == 1:
+        filled = torch.arange(num_slots, device=bias.device) >= num_slots - filled[:, None]
+    empty = nn.functional.pad(~filled, (0, bias.shape[-1] - num_slots))
     return bias.masked_fill(empty[:, None, None], HIDDEN)
 
 
@@ -191,9 +193,9 @@ class Attention(nn.Module):
         return (self.position(distance) * temperature).masked_fill(hidden, HIDDEN)
 
     def forward(self, q, k, v, bias, num_slots, filled, in_order=False, kept=None):
-        """Attend to `num_slots` of memory, of which each row has `filled` (B,), and to the keys
-        that follow them. kept: a list that is given the weights, too, or None. Otherwise as
-        `attend`."""
+        """Attend to `num_slots` of memory, of which each row has `filled` (`hide_empty`), and to
+        the keys that follow them. kept: a list that is given the weights, too, or None. Otherwise
+        as `attend`."""
         bias = self.with_empty(bias, num_slots, filled)
         dropout = self.dropout if self.training else 0.0
         eager = self.config._attn_implementation == "eager"

@@ -7,6 +7,8 @@ softmax and activations are left out, as is usual.
 
 from functools import singledispatch
 
+from .compression import DILATIONS
+from .configuration_compressive_transformer import CompressiveTransformerConfig
 from .configuration_melodi import MelodiConfig
 from .configuration_plain_transformer import PlainTransformerConfig
 from .configuration_transformer_xl import TransformerXLConfig
@@ -60,6 +62,18 @@ def _(config: PlainTransformerConfig, num_tokens, queue_filled=None):
     return config.num_hidden_layers * products
 
 
+@body_products.register
+def _(config: CompressiveTransformerConfig, num_tokens, queue_filled=None):
+    # The long-term memory is the compressed one. A training step costs its auxiliary loss besides.
+    length = config.window_length
+    windows, rest = divmod(num_tokens, length)
+    pairs = num_tokens * _compressive_slots(config, queue_filled)
+    pairs += windows * _pairs_within(length, length) + _pairs_within(rest, length)
+    products = num_tokens * _projections(config) + pairs * 2 * _heads(config)
+    products += windows * _compressive_closing(config, queue_filled)
+    return config.num_hidden_layers * products
+
+
 def _pairs_within(tokens, furthest):
     # Pairs of tokens, one strictly before the other, at most `furthest` apart.
     beginning = min(tokens, furthest)
@@ -85,6 +99,23 @@ def _melodi_closing(config):
     pushed = config.num_long_memory_tokens
     push = pushed * rows * hidden + pushed * 2 * hidden * _heads(config)
     return config.num_hidden_layers * mixed + len(config.long_memory_layers) * push
+
+
+def _compressive_slots(config, queue_filled=None):
+    # That a token attends to besides those of its window.
+    compressed = config.slots_carried if queue_filled is None else queue_filled
+    return config.tokens_carried + compressed
+
+
+def _compressive_closing(config, queue_filled):
+    # One layer: the compression, and keys and values of what enters both memories.
+    length, hidden = config.window_length, config.hidden_size
+    recall = (length + config.slots_compressed) * 2 * hidden * _heads(config)
+    if config.compression == "most_used":  # the window's queries once more, and their weights
+        pairs = length * _compressive_slots(config, queue_filled) + _pairs_within(length, length)
+        return recall + (length * hidden + pairs) * _heads(config)
+    matrices = {"conv": 1, "dilated_conv": 1 + 3 * len(DILATIONS)}.get(config.compression, 0)
+    return recall + matrices * length * hidden * hidden
 
 
 def _heads(config):
@@ -141,4 +172,19 @@ def _(config: MelodiConfig, slot, bytes_per_number):
     keys_values = 2 * (config.num_short_memory_tokens + slot) * _heads(config)
     queue = len(config.long_memory_layers) * config.long_memory_length * 2 * _heads(config)
     read = config.num_hidden_layers * keys_values + queue
+    return weight_bytes(config, bytes_per_number) + read * bytes_per_number
+
+
+@held_bytes.register
+def _(config: CompressiveTransformerConfig, bytes_per_number):
+    window, states = config.window_length, config.tokens_carried
+    layer = (states + window) * config.hidden_size
+    layer += 2 * (_compressive_slots(config) + window) * _heads(config)
+    return config.num_hidden_layers * layer * bytes_per_number
+
+
+@decoding_bytes.register
+def _(config: CompressiveTransformerConfig, slot, bytes_per_number):
+    seen = _compressive_slots(config) + slot
+    read = config.num_hidden_layers * seen * 2 * _heads(config)
     return weight_bytes(config, bytes_per_number) + read * bytes_per_number

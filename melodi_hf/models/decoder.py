@@ -41,6 +41,7 @@ from .loss import (
     hide_blind,
     is_plain_head,
     loss_without_logits,
+    per_target,
     put_back,
     scored_columns,
     shifted,
@@ -314,7 +315,8 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def auxiliary_loss(self, *riding) -> Tensor | None:
         """What is to be made small besides the loss of the next token, from what rode with the
-        tokens through all layers; None if there is nothing."""
+        tokens through all layers: a sum over tokens, of which a language model takes the mean with
+        that of the loss. None if there is nothing."""
         return None
 
     def read(self, x, memories, plan, columns=None, offload=False):
@@ -488,8 +490,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             columns = scored_columns(attention_mask, hidden, targets)
         score = self.score_in_parts if skip_logits and targets is not None else self.score
         loss, logits = score(take(hidden, columns), labels, take(targets, columns), **kwargs)
-        if self.training and loss is not None and outputs.aux_loss is not None:
-            loss = loss + outputs.aux_loss.to(loss)
+        aux_loss = per_target(outputs.aux_loss, targets, **kwargs)
+        if self.training and loss is not None and aux_loss is not None:
+            loss = loss + aux_loss.to(loss)
         return CausalLMOutput(
             loss=loss,
             logits=None if logits is None else put_back(logits, columns),
@@ -497,7 +500,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             memory=outputs.memory,
-            aux_loss=outputs.aux_loss,
+            aux_loss=aux_loss,
         )
 
     def score(self, hidden, labels, targets, **kwargs):

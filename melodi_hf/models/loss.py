@@ -146,6 +146,16 @@ def is_plain_head(head):
     return bool(is_tensor and not hooks)
 
 
+def per_target(total, targets, num_items_in_batch=None, ignore_index=-100, **_):
+    """A sum over tokens divided as `causal_lm_loss` divides its own: however a batch is cut into
+    calls, the parts add up to the same. None stays None; without targets (B T) it stays a sum."""
+    if total is None or targets is None:
+        return total
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != ignore_index).sum()
+    return total / num_items_in_batch
+
+
 def shifted(labels, shift_labels, ignore_index=-100):
     """The target of each position: the label after it, unless targets are given as they are."""
     if shift_labels is None and labels is not None:

@@ -137,6 +137,12 @@ class Chunk:
         queries = self.tokens + self.closes * num_summary_tokens
         return banded_bias(by_distance, queries, offset + self.fill + queries, self.tokens_read)
 
+    def bias_before(self, by_distance, before):
+        """Bias of the chunk's tokens towards slots that lie `before` (M,) tokens before the window:
+        H T M."""
+        place = self.fill + torch.arange(self.tokens, device=before.device)
+        return by_distance(place[:, None] + before)
+
 
 class RaggedChunk(Chunk):
     """A chunk whose rows stand at different slots; some may have fewer tokens than others, or none.
@@ -219,6 +225,10 @@ class RaggedChunk(Chunk):
         key = torch.arange(offset + window + len(summaries), device=device)
         bias = by_distance(query[:, :, None] - key)
         return bias.transpose(0, 1)  # H R T J -> R H T J
+
+    def bias_before(self, by_distance, before):
+        place = self.first[:, None] + torch.arange(self.tokens, device=before.device)
+        return by_distance(place[..., None] + before).transpose(0, 1)  # H R T M -> R H T M
 
 
 class ClosingChunk(RaggedChunk):
