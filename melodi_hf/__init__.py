@@ -6,11 +6,13 @@ Importing the package registers every model with the Auto classes of transformer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .models.cache import MelodiCache
+from .models.configuration_block_recurrent import BlockRecurrentConfig
 from .models.configuration_compressive_transformer import CompressiveTransformerConfig
 from .models.configuration_melodi import MelodiConfig
 from .models.configuration_plain_transformer import PlainTransformerConfig
 from .models.configuration_transformer_xl import TransformerXLConfig
 from .models.meliad import from_meliad
+from .models.modeling_block_recurrent import BlockRecurrentForCausalLM, BlockRecurrentModel
 from .models.modeling_compressive_transformer import (
     CompressiveTransformerForCausalLM,
     CompressiveTransformerModel,
@@ -22,6 +24,9 @@ from .models.modeling_transformer_xl import TransformerXLForCausalLM, Transforme
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockRecurrentConfig",
+    "BlockRecurrentForCausalLM",
+    "BlockRecurrentModel",
     "CompressiveTransformerConfig",
     "CompressiveTransformerForCausalLM",
     "CompressiveTransformerModel",
@@ -42,6 +47,7 @@ for config, model, language_model in (
     (MelodiConfig, MelodiModel, MelodiForCausalLM),
     (TransformerXLConfig, TransformerXLModel, TransformerXLForCausalLM),
     (PlainTransformerConfig, PlainTransformerModel, PlainTransformerForCausalLM),
+    (BlockRecurrentConfig, BlockRecurrentModel, BlockRecurrentForCausalLM),
     (
         CompressiveTransformerConfig,
         CompressiveTransformerModel,

@@ -3,6 +3,8 @@
 import torch
 
 from melodi_hf import (
+    BlockRecurrentConfig,
+    BlockRecurrentForCausalLM,
     CompressiveTransformerConfig,
     CompressiveTransformerForCausalLM,
     MelodiCache,
@@ -47,11 +49,13 @@ TINY_SCALED = TINY | {
     "compression_loss": "none",
     "compressed_position": "scaled",
 }
+TINY_BLOCK_RECURRENT = TINY | {"recurrent_layers": (1,), "num_state_vectors": 5}
 MODEL_CLASSES = {
     MelodiConfig: MelodiForCausalLM,
     TransformerXLConfig: TransformerXLForCausalLM,
     PlainTransformerConfig: PlainTransformerForCausalLM,
     CompressiveTransformerConfig: CompressiveTransformerForCausalLM,
+    BlockRecurrentConfig: BlockRecurrentForCausalLM,
 }
 
 SYSTEMS = {
@@ -79,10 +83,33 @@ SYSTEMS = {
         TINY | {"compression": "most_used", "compression_loss": "none"},
     ),
     "compressive_transformer_scaled": (CompressiveTransformerConfig, TINY_SCALED),
+    "block_recurrent": (BlockRecurrentConfig, TINY_BLOCK_RECURRENT),
+    "block_recurrent_two": (
+        BlockRecurrentConfig,
+        TINY_BLOCK_RECURRENT
+        | {
+            "recurrent_layers": (0, 2),
+            "num_state_vectors": 9,
+            "gate": "lstm",
+            "gate_configuration": "dual",
+            "state_reads_previous_window": False,
+        },
+    ),
+    "block_recurrent_masked": (
+        BlockRecurrentConfig,
+        TINY_BLOCK_RECURRENT
+        | {"gate": "full", "gate_configuration": "single", "mask_empty_memory": True},
+    ),
 }
 MELODIS = [name for name in SYSTEMS if name.startswith("melodi")]
 # One of each system, where its variants cannot differ.
-EACH = ["melodi", "transformer_xl", "plain_transformer", "compressive_transformer"]
+EACH = [
+    "melodi",
+    "transformer_xl",
+    "plain_transformer",
+    "compressive_transformer",
+    "block_recurrent",
+]
 VARIED = [  # where all would take too long
     "melodi",
     "melodi_no_short",
@@ -93,6 +120,8 @@ VARIED = [  # where all would take too long
     "plain_transformer",
     "compressive_transformer",
     "compressive_transformer_most_used",
+    "block_recurrent",
+    "block_recurrent_masked",
 ]
 FORGETFUL = ["melodi_no_memory", "plain_transformer", "plain_transformer_window"]
 EACH_REMEMBERING = [name for name in EACH if name not in FORGETFUL]

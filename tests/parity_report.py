@@ -21,9 +21,8 @@ KINDS = ("logits", "hidden", "layers", "state", "loss", "grads")
 def golden_files():
     """The files beside the tests, or those of the folder that MELODI_GOLDEN names."""
     folder = Path(os.environ.get("MELODI_GOLDEN", Path(__file__).parent / "golden"))
-    return sorted(folder.glob("melodi_*.safetensors")) + sorted(
-        folder.glob("transformer_xl*.safetensors")
-    )
+    systems = ("melodi_*", "transformer_xl*", "block_recurrent*")
+    return [path for name in systems for path in sorted(folder.glob(f"{name}.safetensors"))]
 
 
 def read_golden(path):
@@ -37,7 +36,9 @@ def read_golden(path):
 def held(memory, name, window_length):
     """The part of a model's memory that the JAX code calls `name`."""
     layer = memory.layers[int(re.search(r"(?:melodi_layers_|transformer)(\d+)", name)[1])]
-    if "kvi_cache" in name:  # the last tokens of each row, the last window's or the open one's
+    if "recurrent_state" in name:
+        return layer.state
+    if "previous_mems" not in name:  # the last tokens of each row, of one window or of two
         slots = (layer.keys if "keys" in name else layer.values).transpose(1, 2)
         fill = (memory.progress.tokens_read % window_length).tolist()
         rows = zip(slots, fill, strict=True)

@@ -49,11 +49,11 @@ def test_the_future_has_no_gradient(model):
 
 
 def without_attention(name, **changes):
-    """A model and its copy whose attention returns nothing."""
+    """A model and its copy in which tokens find nothing in each other."""
     model, blind = build(name, **changes), build(name, **changes)
     with torch.no_grad():
         for layer in blind.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
+            layer.self_attn.v_proj.weight.zero_()
     return model, blind
 
 

@@ -5,6 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from melodi_hf import (
+    BlockRecurrentConfig,
+    BlockRecurrentForCausalLM,
     CompressiveTransformerConfig,
     CompressiveTransformerForCausalLM,
     MelodiCache,
@@ -31,6 +33,13 @@ TINY_XL = TransformerXLConfig(
 TINY_COMPRESSIVE = CompressiveTransformerConfig(
     vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
     intermediate_size=64, window_length=8, memory_length=16, compressed_memory_length=6,
+    attn_implementation="eager",
+)  # fmt: skip
+
+
+TINY_RECURRENT = BlockRecurrentConfig(
+    vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=16,
+    intermediate_size=64, window_length=8, recurrent_layers=(0, 2), num_state_vectors=5,
     attn_implementation="eager",
 )  # fmt: skip
 
@@ -100,7 +109,45 @@ def test_decoding_with_two_memories_reads_keys_and_values_of_both():
     assert more - less == 2 * 2 * 2 * 32 * 2  # slots, layers, keys and values, channels, bytes
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_XL, TINY_COMPRESSIVE])
+def test_a_state_costs_25_megaflops_per_token():
+    with_state = forward_flops(BlockRecurrentConfig(), 4096, with_logits=False)
+    without = forward_flops(TransformerXLConfig(), 4096, with_logits=False)
+    assert (with_state - without) / 4096 / 1e6 == pytest.approx(25.2, abs=0.05)
+
+
+@pytest.mark.parametrize("gate", ["fixed", "lstm", "full"])
+@pytest.mark.parametrize("gate_configuration", ["skip", "single", "dual"])
+@pytest.mark.parametrize(("num_tokens", "reads_previous"), [(29, True), (24, False)])
+def test_what_runs_with_a_state_is_what_is_counted(
+    gate, gate_configuration, num_tokens, reads_previous
+):
+    config = BlockRecurrentConfig(
+        **TINY_RECURRENT.to_dict()
+        | {
+            "gate": gate,
+            "gate_configuration": gate_configuration,
+            "state_reads_previous_window": reads_previous,
+        },
+        attn_implementation="eager",
+    )
+    model = BlockRecurrentForCausalLM(config).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(0, 50, (1, num_tokens)), use_cache=False, return_memory=True)
+    windows, rest = divmod(num_tokens, 8)
+    hidden = windows * 8 * 8 + rest * (8 + rest) - rest * 8  # pairs that are computed, and hidden
+    waste = 2 * 3 * hidden * 2 * 32
+    assert counter.get_total_flops() == forward_flops(config, num_tokens) + waste
+
+
+def test_decoding_reads_the_keys_and_values_of_the_state():
+    config, fewer = BlockRecurrentConfig(), BlockRecurrentConfig(num_state_vectors=511)
+    assert decoding_bytes(config, 0, 2) - decoding_bytes(fewer, 0, 2) == 2 * 1024 * 2
+    without = decoding_bytes(BlockRecurrentConfig(recurrent_layers=()), 0, 2)
+    assert without == decoding_bytes(TransformerXLConfig(), 0, 2)
+    assert decoding_bytes(config, 0, 2) - without == (512 * 2 * 1024 + 2 * 1024 * 1024) * 2
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_XL, TINY_COMPRESSIVE, TINY_RECURRENT])
 def test_cache_holds_the_bytes_that_are_counted(config):
     from transformers import AutoModelForCausalLM
 

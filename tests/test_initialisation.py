@@ -42,7 +42,7 @@ def assert_normal(weight, std, cut_at=None):
     assert abs(weight.mean()) < 4 * error
     largest = weight.abs().max()
     if cut_at is None:
-        assert largest > 2.5 * std
+        assert largest > 2.5 * std or weight.numel() < 200
     else:
         assert largest <= cut_at * (1 + 1e-6)
         assert largest > 0.9 * cut_at or weight.numel() < 200
@@ -51,6 +51,13 @@ def assert_normal(weight, std, cut_at=None):
 def kind(name):
     """What a parameter is, by its name."""
     kinds = {
+        "initial_state": "small",
+        "gate.bias": "small",
+        "forget.bias": "small",
+        "input.bias": "small",
+        "forget.weight": "gate",
+        "input.weight": "gate",
+        "state_ids": "embedding",
         "lm_head": "embedding",
         "embed_tokens": "embedding",
         "norm": "one",
@@ -65,29 +72,40 @@ def kind(name):
     return next(kind for part, kind in kinds.items() if part in name)
 
 
-@pytest.mark.parametrize("name", [*EACH, "melodi_more_short", "transformer_xl_bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *EACH,
+        "melodi_more_short",
+        "transformer_xl_bias",
+        "block_recurrent_two",
+        "block_recurrent_masked",
+    ],
+)
 def test_parameters_are_drawn_as_measured(name):
     for name_of, parameter in fresh(name).named_parameters():
         parameter = parameter.detach()
         match kind(name_of):
-            case "one":
-                assert_equal(parameter, torch.ones_like(parameter))
-            case "zero":
-                assert_equal(parameter, torch.zeros_like(parameter))
+            case "one" | "zero" as value:
+                assert_equal(parameter, torch.full_like(parameter, value == "one"))
             case "embedding":
                 assert_normal(parameter, 1.0)
+            case "small":
+                assert_normal(parameter, 0.1)
             case "table":
                 assert abs(parameter.std() - 32**-0.5) < 4 * 32**-0.5 * parameter.numel() ** -0.5
             case "token":
                 assert_normal(parameter, 0.25 * CUT, cut_at=0.5)
-            case "kernel":
-                std = parameter.shape[1] ** -0.5
+            case "kernel" | "gate" as matrix:
+                std = ((0.1 if matrix == "gate" else 1) / parameter.shape[1]) ** 0.5
                 assert_normal(parameter, std, cut_at=2 * std / CUT)
 
 
 def test_every_kind_of_parameter_is_looked_at():
     kinds = {kind(name) for name, _ in fresh("melodi").named_parameters()}
     assert kinds == {"one", "zero", "embedding", "table", "token", "kernel"}
+    kinds = {kind(name) for name, _ in fresh("block_recurrent_two").named_parameters()}
+    assert kinds == {"one", "embedding", "table", "kernel", "small", "gate"}
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

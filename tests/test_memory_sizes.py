@@ -2,7 +2,12 @@
 
 import pytest
 
-from melodi_hf import CompressiveTransformerConfig, MelodiConfig, TransformerXLConfig
+from melodi_hf import (
+    BlockRecurrentConfig,
+    CompressiveTransformerConfig,
+    MelodiConfig,
+    TransformerXLConfig,
+)
 
 TOKENS = 65536  # that the long-term memory of every row covers
 
@@ -34,6 +39,11 @@ TRANSFORMER_XL = {
     "36 layers": ((36, 1024, 512), 37_748_736, "37.8M"),
     "16 wide layers": ((16, 1536, 512), 25_165_824, "25.2M"),
 }
+# layers, channels, window, recurrent layers
+BLOCK_RECURRENT = {
+    "12 layers": ((12, 1024, 512, (9,)), 13_107_200, "13.1M"),
+    "24 layers": ((24, 1024, 512, (9, 19)), 26_214_400, "26.2M"),  # printed nowhere
+}
 
 
 def melodi(layers, channels, window, summary, added):
@@ -63,9 +73,25 @@ def transformer_xl(layers, channels, window):
     )
 
 
+def block_recurrent(layers, channels, window, recurrent):
+    return BlockRecurrentConfig(
+        num_hidden_layers=layers,
+        hidden_size=channels,
+        intermediate_size=4 * channels,
+        num_attention_heads=channels // 128,
+        head_dim=128,
+        window_length=window,
+        recurrent_layers=recurrent,
+        num_state_vectors=512,
+    )
+
+
 ROWS = [pytest.param(melodi, *row, id=f"MELODI, {name}") for name, row in MELODI.items()]
 ROWS += [
     pytest.param(transformer_xl, *row, id=f"XL, {name}") for name, row in TRANSFORMER_XL.items()
+]
+ROWS += [
+    pytest.param(block_recurrent, *row, id=f"BRT, {name}") for name, row in BLOCK_RECURRENT.items()
 ]
 
 
@@ -76,6 +102,14 @@ def test_every_row_of_the_tables(build, sizes, exact, printed):
     assert floats == exact
     # Paper: some rows are sums of parts that were rounded before, 0.16M off at most.
     assert abs(floats / 1e6 - float(printed.rstrip("M"))) < 0.17
+
+
+def test_the_poster_counts_the_windows_of_one_layer_less():
+    """12.1M there; the first version of the paper has 13.1M, and so has the released code."""
+    floats = block_recurrent(12, 1024, 512, (9,)).memory_floats()
+    assert f"{(floats - 2 * 512 * 1024) / 1e6:.1f}M" == "12.1M"
+    assert f"{floats / 1e6:.1f}M" == "13.1M"
+    assert floats - transformer_xl(12, 1024, 512).memory_floats() == 512 * 1024
 
 
 def test_queue_counted_as_the_tokens_that_are_stored():

@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
     floats: int  # of memory
     perplexity: float
-    sizes: tuple[int, ...] | None = None  # S and L; None: a Transformer-XL
+    sizes: tuple[int, ...] | str | None = None  # S and L, or a system; None: a Transformer-XL
     layers: int = 12
     width: int = 1024
     window: int = 512
@@ -29,6 +29,8 @@ class Row(NamedTuple):
 
 
 def named(sizes):
+    if isinstance(sizes, str):
+        return sizes
     return "melodi_s{}_l{}".format(*sizes) if sizes else "transformer_xl"
 
 
@@ -54,6 +56,11 @@ MAIN = {
         27_525_120,
         (8.08, 10.48, 11.47, 2.11, 2.51, 17.75),
         (7.91, 10.29, 11.27, 2.09, 2.49, 17.25),
+    ),
+    "block_recurrent": (
+        13_107_200,
+        (8.47, 11.12, 12.11, 2.27, 2.73, 18.27),
+        (8.30, 10.98, 11.90, 2.26, 2.70, 17.82),
     ),
 }
 # layers, width: floats and perplexity of Transformer-XL, S128+L64, S192+L96
@@ -108,7 +115,7 @@ def test_every_row_and_column_has_its_recipe_and_there_are_no_others():
     files = (CONFIGURATION / "paper").rglob("*.*")
     found = {file.relative_to(CONFIGURATION / "paper").as_posix() for file in files}
     assert found == {f"{name}.yaml" for name in ROWS}
-    assert len(found) == 4 * 6 + 3 * 3 + 3 * 3 + 1
+    assert len(found) == len(MAIN) * 6 + 3 * 3 + 3 * 3 + 1
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -130,6 +137,12 @@ def test_recipe_is_its_row(name):
     assert not config.mask_empty_memory  # as released
     if row.sizes is None:
         assert config.model_type == "transformer_xl"
+        return
+    if row.sizes == "block_recurrent":
+        assert config.model_type == row.sizes
+        assert (list(config.recurrent_layers), config.num_state_vectors) == ([9], 512)
+        assert (config.gate, config.gate_configuration) == ("fixed", "skip")
+        assert config.state_reads_previous_window
         return
     short, long = row.sizes
     assert config.model_type == "melodi"

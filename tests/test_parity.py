@@ -3,13 +3,17 @@
 Where there are no golden tensors, model and twin must agree with each other.
 """
 
+import json
 import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import melodi_hf
 from melodi_hf import (
+    BlockRecurrentConfig,
+    BlockRecurrentForCausalLM,
     MelodiConfig,
     MelodiForCausalLM,
     TransformerXLConfig,
@@ -19,7 +23,7 @@ from melodi_hf.models import attention, loss
 from melodi_hf.models.meliad import to_meliad
 
 from .parity_report import golden_files, gradients, held, measure, read_golden, read_segment
-from .references import blocks, melodi, transformer_xl
+from .references import block_recurrent, blocks, melodi, transformer_xl
 
 TOLERANCE = 1e-5  # absolute, float32; the JAX code, compiled or not, differs from itself by 3e-6
 EVERY_GOLDEN_FILE = pytest.mark.parametrize("path", golden_files(), ids=lambda path: path.stem)
@@ -59,6 +63,16 @@ CHANGES = {
 }
 
 
+TINY_BLOCK_RECURRENT = TINY | {"recurrent_layers": (1,), "num_state_vectors": 3}
+GATED = [(gate, how) for gate in ("fixed", "lstm", "full") for how in ("skip", "single", "dual")]
+
+
+def twin_of(path):
+    """The naive twin of a golden file's model."""
+    twins = {"block_recurrent": block_recurrent, "transformer_xl": transformer_xl}
+    return next((twin for name, twin in twins.items() if path.stem.startswith(name)), melodi)
+
+
 @EVERY_GOLDEN_FILE
 def test_model_equals_the_released_code(path):
     golden, _ = read_golden(path)
@@ -67,7 +81,7 @@ def test_model_equals_the_released_code(path):
     assert {name: d for name, d in differences.items() if not d <= TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("case", ["melodi_base", "transformer_xl"])
+@pytest.mark.parametrize("case", ["melodi_base", "transformer_xl", "block_recurrent"])
 def test_a_change_of_any_parameter_is_noticed(case):
     path = next((path for path in golden_files() if path.stem == case), None)
     if path is None:
@@ -89,8 +103,8 @@ def test_a_change_of_any_parameter_is_noticed(case):
 @EVERY_GOLDEN_FILE
 def test_twin_equals_the_released_code(path):
     golden, sizes = read_golden(path)
-    twin = melodi if path.stem.startswith("melodi") else transformer_xl
-    with_gradients = "single_window" in path.stem or twin is transformer_xl
+    twin = twin_of(path)
+    with_gradients = "single_window" in path.stem or twin is not melodi
     parameters = {
         name.removeprefix("params/"): tensor.double().requires_grad_(with_gradients)
         for name, tensor in golden.items()
@@ -138,18 +152,104 @@ def test_melodi_that_does_not_see_empty_memory_equals_its_twin(change):
 
 
 @pytest.mark.parametrize("mask_empty_memory", [False, True], ids=["zeros attended", "zeros masked"])
-@pytest.mark.parametrize("lengths", [(8, 8, 8), (5, 2, 9)], ids=["windows", "any length"])
+@pytest.mark.parametrize(
+    "lengths", [(8, 8, 8), (4, 4, 4), (5, 2, 9)], ids=["windows", "segments of one", "any length"]
+)
 @pytest.mark.usefixtures("float64")
 def test_transformer_xl_equals_its_twin(mask_empty_memory, lengths):
     config = TransformerXLConfig(**TINY, mask_empty_memory=mask_empty_memory)
     assert_equal(random_model(TransformerXLForCausalLM, config), transformer_xl, lengths)
 
 
-@pytest.mark.parametrize("twin", [melodi, transformer_xl], ids=["melodi", "transformer_xl"])
+@pytest.mark.usefixtures("float64")
+def test_transformer_xl_with_biases_equals_its_twin():
+    config = TransformerXLConfig(**TINY, mlp_bias=True)
+    assert_equal(random_model(TransformerXLForCausalLM, config), transformer_xl)
+
+
+@pytest.mark.parametrize(("gate", "how"), GATED)
+@pytest.mark.usefixtures("float64")
+def test_block_recurrent_with_any_gate_equals_its_twin(gate, how):
+    gates = {"gate": gate, "gate_configuration": how}
+    config = BlockRecurrentConfig(**TINY_BLOCK_RECURRENT | gates)
+    assert_equal(random_model(BlockRecurrentForCausalLM, config), block_recurrent)
+
+
+@pytest.mark.parametrize(
+    ("reads_previous", "mask_empty_memory", "lengths"),
+    [
+        (True, False, (4, 4, 4)),
+        (True, False, (5, 2, 9)),
+        (True, True, (8, 8, 8)),
+        (True, True, (5, 2, 9)),
+        (False, False, (8, 8, 8)),
+        (False, True, (5, 2, 9)),
+    ],
+)
+@pytest.mark.usefixtures("float64")
+def test_block_recurrent_equals_its_twin(reads_previous, mask_empty_memory, lengths):
+    """What the state reads, whether it sees zeros, and where segments are cut."""
+    config = BlockRecurrentConfig(
+        **TINY_BLOCK_RECURRENT | {"recurrent_layers": (0, 1)},
+        state_reads_previous_window=reads_previous,
+        mask_empty_memory=mask_empty_memory,
+    )
+    assert_equal(random_model(BlockRecurrentForCausalLM, config), block_recurrent, lengths)
+
+
+FILES = [
+    (TransformerXLForCausalLM, TransformerXLConfig, TINY | {"mlp_bias": b}) for b in (False, True)
+]
+FILES += [
+    (
+        BlockRecurrentForCausalLM,
+        BlockRecurrentConfig,
+        TINY_BLOCK_RECURRENT | {"gate": gate, "gate_configuration": how},
+    )
+    for gate, how in GATED
+]
+FILES += [
+    (
+        BlockRecurrentForCausalLM,
+        BlockRecurrentConfig,
+        TINY_BLOCK_RECURRENT | {"recurrent_layers": layers},
+    )
+    for layers in ((0, 1), ())
+]
+
+
+@pytest.mark.parametrize(("model_class", "config_class", "sizes"), FILES)
+def test_a_file_of_the_released_code_tells_what_it_holds(
+    model_class, config_class, sizes, tmp_path
+):
+    config = config_class(**sizes, dropout=0.0, attention_dropout=0.0)
+    model = random_model(model_class, config).float()
+    loaded = melodi_hf.from_meliad(write_released(model, tmp_path / "model.safetensors"))
+    assert loaded.config.to_dict() | {"dtype": None} == config.to_dict() | {"dtype": None}
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_window_that_the_state_reads_besides_makes_a_difference():
+    model = random_model(BlockRecurrentForCausalLM, BlockRecurrentConfig(**TINY_BLOCK_RECURRENT))
+    model.config.state_reads_previous_window = False  # of the twin only: the model is built
+    with pytest.raises(AssertionError):
+        assert_equal(model, block_recurrent)
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [melodi, transformer_xl, block_recurrent],
+    ids=["melodi", "transformer_xl", "block_recurrent"],
+)
 @pytest.mark.usefixtures("float64")
 def test_masking_changes_the_beginning_of_a_document(twin):
     if twin is melodi:
         model = random_model(MelodiForCausalLM, MelodiConfig(**TINY_MELODI))
+    elif twin is block_recurrent:
+        config = BlockRecurrentConfig(**TINY_BLOCK_RECURRENT)
+        model = random_model(BlockRecurrentForCausalLM, config)
     else:
         model = random_model(TransformerXLForCausalLM, TransformerXLConfig(**TINY))
     model.config.mask_empty_memory = True  # of the twin only: the model is built
@@ -188,8 +288,7 @@ def assert_equal(model, twin, lengths=(8, 8, 8)):
         output, xs, us = read_segment(model, ids, memory, start)
         twins = blocks.read_segment(twin, parameters, sizes, state, ids, start, masked)
         memory, state = output.memory, {name: t.detach() for name, t in twins["state"].items()}
-        counts = {name for name in state if name.endswith("_read")}
-        names = [name for name in state.keys() - counts if state[name].numel()]
+        names = [name for name, t in state.items() if name.endswith("_test") and t.numel()]
         model.zero_grad()
         output.loss.backward()
         entropy = blocks.next_token_loss(twins["logits"], ids)
@@ -228,4 +327,30 @@ def sizes_of(config):
             "long_term_memory_layer_indices": config.long_memory_layers,
             "token_mixing": config.mix_tokens,
         }
+    if isinstance(config, BlockRecurrentConfig):
+        sizes |= {
+            "recurrent_layer_indices": config.recurrent_layers,
+            "recurrent_num_states": config.num_state_vectors,
+            "gate_config": config.gate_configuration,
+            "state_reads_previous_window": config.state_reads_previous_window,
+        }
     return sizes
+
+
+def write_released(model, path, **changes):
+    """A model as a file of the released code; `changes`: of its sizes."""
+    config, tensors = model.config, dict(model.named_parameters())
+    sizes = sizes_of(config) | {
+        "embedding_dim": config.hidden_size,
+        "mlp_dim": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "dropout": 0.0,
+    }
+    if "recurrent_layer_indices" in sizes:  # counted from the last
+        layers = [i - config.num_hidden_layers for i in config.recurrent_layers]
+        sizes["recurrent_layer_indices"] = layers
+    params = to_meliad(tensors, config)
+    params = {f"params/{name}": p.detach().clone().contiguous() for name, p in params.items()}
+    save_file(params, path, metadata={"config": json.dumps(sizes | changes)})
+    return path

@@ -25,6 +25,7 @@ SYSTEMS = {
     "transformer_xl": "TransformerXL",
     "plain_transformer": "PlainTransformer",
     "compressive_transformer": "CompressiveTransformer",
+    "block_recurrent": "BlockRecurrent",
 }
 IDS = torch.arange(1, 22)[None] * 7 % 61
 

@@ -30,8 +30,9 @@ def generate(model, ids, mask, **how):
 
 def small(name):
     """Compiling takes time, layer by layer."""
-    sizes = {"long_memory_layers": (0,)} if name.startswith("melodi") else {}
-    return build(name, num_hidden_layers=1, **sizes)
+    sizes = {"melodi": "long_memory_layers", "block_recurrent": "recurrent_layers"}
+    special = {field: (0,) for system, field in sizes.items() if name.startswith(system)}
+    return build(name, num_hidden_layers=1, **special)
 
 
 def compiled(backend="eager", mode=None):

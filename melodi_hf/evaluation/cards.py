@@ -64,6 +64,15 @@ CITATIONS = {
   year = {2020},
   url = {https://arxiv.org/abs/1911.05507}
 }""",
+    "block_recurrent": """
+@inproceedings{hutchins2022block,
+  title = {Block-Recurrent Transformers},
+  author = {Hutchins, DeLesley and Schlag, Imanol and Wu, Yuhuai and Dyer, Ethan and
+            Neyshabur, Behnam},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2022},
+  url = {https://arxiv.org/abs/2203.07852}
+}""",
 }
 
 SNIPPET = """\
@@ -219,6 +228,14 @@ def memory_kinds(config: PreTrainedConfig) -> list[tuple[str, str, int]]:
             ("hidden states", f"{held:,} tokens, exactly", total - floats),
             (f"compressed, {slots} slots per layer", reach, floats),
         ]
+    exact = f"{config.window_length:,} tokens, exactly"
+    if config.model_type == "block_recurrent":
+        vectors, layers = config.num_state_vectors, len(config.recurrent_layers)
+        state = layers * vectors * config.hidden_size
+        reach = "no fixed end: each window moves it on, and what it held fades"
+        name = f"state, {vectors} vectors in {layers} of {config.num_hidden_layers} layers"
+        kinds = [("keys and values", exact, total - state), (name, reach, state)]
+        return kinds if layers else kinds[:1]
     if config.model_type != "melodi":
         system = read_systems()[config.model_type]
         return [(system.memory, system.reaches.format(config=config), total)]

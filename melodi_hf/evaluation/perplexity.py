@@ -99,7 +99,7 @@ def evaluate_perplexity(
     return result
 
 
-def windows_kept(model) -> dict[str, int]:
+def windows_kept(model) -> dict[str, float]:
     return model.base_model.windows_kept()
 
 
@@ -109,7 +109,8 @@ def settings_of(model: PreTrainedModel) -> list[str]:
     names = ["carried", "emptied"]
     if {"short", "long"} <= kept.keys():
         names += ["short_off", "long_off"]
-    return names + [f"queue_{n}" for n in QUEUES if n < kept.get("long", 0)]
+    windows = kept.get("long", 0)
+    return names + [f"queue_{n}" for n in QUEUES if n < windows < math.inf]
 
 
 def reader(setting: str) -> Callable:
@@ -401,12 +402,18 @@ def check_settings(settings: Sequence[str], model: PreTrainedModel) -> dict[str,
         raise ValueError(f"settings are missing: give some of {sorted(READERS)}, or queue_N")
     readers = {name: reader(name) for name in settings}
     for setting, read in readers.items():
-        for kind in getattr(read, "keywords", {}).get("windows", {}):
+        for kind, windows in getattr(read, "keywords", {}).get("windows", {}).items():
             kept = windows_kept(model)
             if kind not in kept:
                 raise ValueError(
                     f"setting {setting!r} takes out {kind}-term memory, of which this model has "
                     "none: leave the setting out, or ask for all that the model has"
+                )
+            if windows > 0 and kept[kind] == math.inf:
+                raise ValueError(
+                    f"setting {setting!r} keeps {windows} windows, but the {kind}-term memory of "
+                    f"this model sums up the whole past: ask for {kind}_off, or for all that the "
+                    "model has"
                 )
     return readers
 

@@ -8,6 +8,7 @@ softmax and activations are left out, as is usual.
 from functools import singledispatch
 
 from .compression import DILATIONS
+from .configuration_block_recurrent import BlockRecurrentConfig
 from .configuration_compressive_transformer import CompressiveTransformerConfig
 from .configuration_melodi import MelodiConfig
 from .configuration_plain_transformer import PlainTransformerConfig
@@ -72,6 +73,34 @@ def _(config: CompressiveTransformerConfig, num_tokens, queue_filled=None):
     products = num_tokens * _projections(config) + pairs * 2 * _heads(config)
     products += windows * _compressive_closing(config, queue_filled)
     return config.num_hidden_layers * products
+
+
+@body_products.register
+def _(config: BlockRecurrentConfig, num_tokens, queue_filled=None):
+    heads, hidden, length = _heads(config), config.hidden_size, config.window_length
+    vectors = config.num_state_vectors
+    per_token = _projections(config) + 2 * heads * length
+    towards_state = 2 * hidden * heads + 2 * vectors * heads  # Q, the wider output; attention
+    closed, rest = divmod(num_tokens, length)
+    opened = closed + (rest > 0)
+    state = opened * vectors * 2 * hidden * heads  # K and V
+    seen = vectors + length * (2 if config.state_reads_previous_window else 1)
+    state += closed * vectors * (2 * hidden * heads + seen * 2 * heads + _update(config))
+    recurrent = len(config.recurrent_layers) * (num_tokens * towards_state + state)
+    return config.num_hidden_layers * num_tokens * per_token + recurrent
+
+
+def _update(config):
+    # Of one state vector, from what attention found to the next state, gates included.
+    hidden, found, width = config.hidden_size, 2 * _heads(config), config.intermediate_size
+    gates = {"fixed": 0, "full": 1, "lstm": 2}[config.gate]
+    projection = found * hidden * (1 + gates)
+    network = width * hidden * (1 + gates)  # behind its first matrix
+    return {
+        "skip": projection,
+        "single": found * width + network,
+        "dual": projection + hidden * width + network,
+    }[config.gate_configuration]
 
 
 def _pairs_within(tokens, furthest):
@@ -146,6 +175,15 @@ def _(config, bytes_per_number):
 
 
 @held_bytes.register
+def _(config: BlockRecurrentConfig, bytes_per_number):
+    tokens = config.tokens_carried + config.window_length  # and the open window
+    windows = config.num_hidden_layers * tokens * 2 * _heads(config) * bytes_per_number
+    state = config.hidden_size * max(4, bytes_per_number)  # in float32 at least
+    state += 2 * _heads(config) * bytes_per_number  # its keys and values
+    return windows + len(config.recurrent_layers) * config.num_state_vectors * state
+
+
+@held_bytes.register
 def _(config: MelodiConfig, bytes_per_number):
     short, window = config.num_short_memory_tokens, config.window_length
     layer = short * config.hidden_size + 2 * (short + window) * _heads(config)
@@ -164,6 +202,15 @@ def decoding_bytes(config, slot, bytes_per_number) -> int:
 def _(config: PlainTransformerConfig, slot, bytes_per_number):
     seen = max(slot, config.tokens_carried)  # of a context that is long enough
     read = config.num_hidden_layers * seen * 2 * _heads(config)
+    return weight_bytes(config, bytes_per_number) + read * bytes_per_number
+
+
+@decoding_bytes.register
+def _(config: BlockRecurrentConfig, slot, bytes_per_number):
+    heads, hidden, recurrent = _heads(config), config.hidden_size, len(config.recurrent_layers)
+    read = config.num_hidden_layers * config.tokens_carried * 2 * heads
+    read += recurrent * config.num_state_vectors * 2 * heads  # the state's keys and values
+    read += recurrent * 2 * hidden * heads  # the matrices with which tokens read them
     return weight_bytes(config, bytes_per_number) + read * bytes_per_number
 
 

@@ -108,6 +108,8 @@ class DecoderLayer(GradientCheckpointingLayer):
     changed_by_closing: ClassVar[tuple[str, ...]] = ()  # the fields that a new window finds changed
     kinds: ClassVar[dict[str, tuple[str, ...]]] = {}  # "short" and "long" -> their fields
     kept_in_float32: ClassVar[tuple[str, ...]] = ()  # the fields that bfloat16 would spoil
+    # The fields that sum up the whole past, in which no window can be told from another.
+    summaries_of_the_past: ClassVar[tuple[str, ...]] = ()
 
     memory_type: ClassVar[type]  # the NamedTuple
     attention_map: AttentionMap
@@ -120,20 +122,27 @@ class DecoderLayer(GradientCheckpointingLayer):
         raise NotImplementedError
 
     def slots_per_window(self) -> dict[str, int]:
-        """Slots that a window leaves in each kind of memory, 0 if there is none of the kind."""
+        """Slots that a window leaves in each kind of memory, 0 if there is none of the kind. Kinds
+        that are summaries of the past have no entry."""
         raise NotImplementedError
 
-    def windows_kept(self) -> dict[str, int]:
-        """How many windows back each kind of memory reaches that this layer has."""
+    def windows_kept(self) -> dict[str, float]:
+        """How many windows back each kind of memory reaches that this layer has; a summary of the
+        past reaches back to its beginning, `math.inf`."""
         per_window, shapes = self.slots_per_window(), self.memory_shapes()
         slots = {kind: max(shapes[name][-2] for name in self.kinds[kind]) for kind in per_window}
-        return {kind: -(-slots[kind] // n) for kind, n in per_window.items() if n}
+        kept = {kind: float("inf") for kind in self.kinds if self.is_summary(kind)}
+        return kept | {kind: -(-slots[kind] // n) for kind, n in per_window.items() if n}
+
+    def is_summary(self, kind) -> bool:
+        """Whether this kind of memory sums up the whole past: it is kept, or emptied."""
+        return not set(self.summaries_of_the_past).isdisjoint(self.kinds[kind])
 
     def forget(self, memory, windows: dict[str, int]):
         """`memory` with what the newest so many windows left in each kind, and zeros before it."""
         per_window = self.slots_per_window()
         cut = {
-            name: keep_newest(getattr(memory, name), count * per_window[kind])
+            name: keep_newest(getattr(memory, name), count * per_window.get(kind, 0))
             for kind, count in windows.items()
             for name in self.kinds.get(kind, ())
         }
@@ -281,10 +290,11 @@ class DecoderModel(DecoderPreTrainedModel):
                 told[f"{name}/{i}"] = figure
         return told
 
-    def windows_kept(self) -> dict[str, int]:
+    def windows_kept(self) -> dict[str, float]:
         """The kinds of memory that the model has, "short" and "long" -> how many windows of the
-        past each holds; a short-term memory is what the last window left."""
-        kept: dict[str, int] = {}
+        past each holds; a short-term memory is what the last window left, and one that sums up the
+        whole past holds `math.inf`."""
+        kept: dict[str, float] = {}
         for layer in cast("list[DecoderLayer]", list(self.layers)):
             for kind, windows in layer.windows_kept().items():
                 kept[kind] = max(windows, kept.get(kind, 0))
@@ -295,7 +305,8 @@ class DecoderModel(DecoderPreTrainedModel):
         many windows left: `forget(memory, short=0, long=4)`. What was taken out is empty, and
         hidden if the configuration hides empty slots.
 
-        Raises `ValueError` for a kind that the model does not have, and amid a window.
+        Raises `ValueError` for a kind that the model does not have, for any number but 0 of a
+        memory that sums up the whole past, and amid a window.
         """
         refuse_unforgettable(memory, windows, self.windows_kept())
         layers = cast("list[DecoderLayer]", list(self.layers))

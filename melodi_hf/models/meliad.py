@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .configuration_block_recurrent import BlockRecurrentConfig
 from .configuration_melodi import MelodiConfig
 from .configuration_transformer_xl import TransformerXLConfig
+from .modeling_block_recurrent import BlockRecurrentForCausalLM
 from .modeling_melodi import MelodiForCausalLM
 from .modeling_transformer_xl import TransformerXLForCausalLM
 from .refusals import refuse_infinite_weights
@@ -54,6 +56,36 @@ MIXERS = tuple(
         ("summary_norm.weight", "layernorm2/scale"),
     )
 )
+STATE = (
+    ("queries_to_state.q_proj.weight", "tbase/_kvq/queries2_layer/kernel"),
+    ("queries_to_state.temperature.weight", "tbase/attention_scale2"),
+    ("initial_state", "recurrent_initial_state"),
+    ("state_ids", "recurrent_tbase/_kvq/position_embeddings"),
+    ("state_layernorm.weight", "recurrent_tbase/_kvq/pre_attn_layernorm/scale"),
+    ("state_keys_values.k_proj.weight", "recurrent_tbase/_kvq/keys_layer/kernel"),
+    ("state_keys_values.v_proj.weight", "recurrent_tbase/_kvq/values_layer/kernel"),
+    ("state_queries.q_proj.weight", "recurrent_tbase/_kvq/queries_layer/kernel"),
+    ("state_queries.temperature.weight", "recurrent_tbase/_kvq/attention_scale"),
+    ("state_queries_to_tokens.q_proj.weight", "recurrent_tbase/_kvq/queries2_layer/kernel"),
+    ("state_queries_to_tokens.temperature.weight", "recurrent_tbase/attention_scale2"),
+    ("state_update.norm.weight", "recurrent_tbase/pre_ffn_layernorm/scale"),
+)
+# The parts of the state's update that end in a gate, by our names: theirs.
+GATED = {
+    "skip": {"": "post_attn_mlp"},
+    "single": {"": "ffn"},
+    "dual": {"attention.": "post_attn_mlp", "mlp.": "ffn"},
+}
+GATE = (
+    ("o_proj.weight", "output_layer/kernel"),
+    ("up_proj.weight", "hidden0/kernel"),
+    ("down_proj.weight", "output_layer/kernel"),
+    ("gate.bias", "gate_bias"),
+)
+CONTENT_GATES = {
+    "lstm": {"forget": "forget_gate", "input": "input_gate"},
+    "full": {"forget": "gate_layer"},
+}
 OUTSIDE_LAYERS = (
     ("model.embed_tokens.weight", "embed/embedding"),
     ("model.norm.weight", "layer_stack/final_layernorm/scale"),
@@ -111,9 +143,32 @@ def from_names(config):
         inner = (*ATTENTION, *FEED_FORWARD[config.mlp_bias], *MIXERS)
         names |= {f"model.layers.{i}.{ours}": prefix + theirs for ours, theirs in inner}
         names[f"model.layers.{i}.gate"] = prefix + "attn_gate"
+        if config.model_type == "block_recurrent":
+            inner = (*STATE, *_update_names(config))
+            names |= {f"model.layers.{i}.{ours}": prefix + theirs for ours, theirs in inner}
+    if config.model_type == "block_recurrent":  # another class of the released code
+        names = {ours: _without_stack(theirs) for ours, theirs in names.items()}
     with torch.device("meta"):
         own = _model_class(config)(config).state_dict()
     return {ours: theirs for ours, theirs in names.items() if ours in own}
+
+
+def _update_names(config):
+    # Of the parameters with which a recurrent layer makes its next state.
+    gates = CONTENT_GATES.get(config.gate, {}).items()
+    content = ((f"gate.{ours}.weight", f"{theirs}/kernel") for ours, theirs in gates)
+    biases = ((f"gate.{ours}.bias", f"{theirs}/bias") for ours, theirs in gates)
+    inner = (*GATE, *content, *biases)
+    return tuple(
+        (f"state_update.{part}{ours}", f"recurrent_tbase/{block}/{theirs}")
+        for part, block in GATED[config.gate_configuration].items()
+        for ours, theirs in inner
+    )
+
+
+def _without_stack(name):
+    name = name.removeprefix("layer_stack/")
+    return name.replace("/tbase/pre_attn_layernorm", "/tbase/_kvq/pre_attn_layernorm")
 
 
 def _read(path):
@@ -140,12 +195,15 @@ def _read(path):
 def _build(sizes, weights, path):
     if any("melodi_layers_" in name for name in weights):
         return MelodiForCausalLM(_melodi_config(sizes, weights))
+    if any(name.startswith("transformer0/") for name in weights):
+        return BlockRecurrentForCausalLM(_block_recurrent_config(sizes, weights))
     layers = [name for name in weights if name.startswith("layer_stack/transformer")]
     foreign = [name for name in weights if "side_layer" in name or "recurrent" in name]
     if not layers or foreign:
         raise ValueError(
             f"{path} holds a system that this library does not have (parameters such as "
-            f"{(foreign or sorted(weights))[0]}): MELODI and Transformer-XL can be read"
+            f"{(foreign or sorted(weights))[0]}): MELODI, Transformer-XL and Block-Recurrent "
+            f"Transformers can be read"
         )
     return TransformerXLForCausalLM(_transformer_xl_config(sizes, weights))
 
@@ -186,9 +244,30 @@ def _transformer_xl_config(sizes, weights):
     return TransformerXLConfig(**_shared_sizes(sizes, weights))
 
 
+def _block_recurrent_config(sizes, weights):
+    # Which gates there are is told by their parameters; indices may count from the last layer.
+    inner = {name.partition("/recurrent_tbase/")[2] for name in weights}
+    parts = {name.partition("/")[0] for name in inner}
+    gated = "skip" if "ffn" not in parts else "dual" if "post_attn_mlp" in parts else "single"
+    kinds = {"fixed": "gate_bias", "lstm": "input_gate", "full": "gate_layer"}
+    gates = [gate for gate, part in kinds.items() if any(f"/{part}" in name for name in inner)]
+    indices = sizes.get("recurrent_layer_indices", [])
+    num_layers = sizes["num_layers"]
+    vectors = sizes["recurrent_num_states"] if indices else sizes.get("recurrent_num_states", 1)
+    return BlockRecurrentConfig(
+        recurrent_layers=tuple(i + num_layers if i < 0 else i for i in indices),
+        num_state_vectors=vectors,
+        gate=gates[0] if gates else "fixed",
+        gate_configuration=gated,
+        **_shared_sizes(sizes, weights),
+    )
+
+
 def _transposed(name, tensor):
     return tensor.T if tensor is not None and name.endswith("kernel") else tensor
 
 
 def _model_class(config):
+    if config.model_type == "block_recurrent":
+        return BlockRecurrentForCausalLM
     return MelodiForCausalLM if config.model_type == "melodi" else TransformerXLForCausalLM

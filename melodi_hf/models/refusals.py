@@ -154,6 +154,12 @@ def refuse_unforgettable(memory, windows, kept):
             )
         if count < 0:
             raise ValueError(f"{kind}={count} windows should stay: give 0 or more")
+        if count > 0 and kept[kind] == float("inf"):
+            raise ValueError(
+                f"{kind}={count} windows should stay, but the {kind}-term memory of this model "
+                f"sums up the whole past, in which no window can be told from another: empty it "
+                f"with {kind}=0, or leave it as it is"
+            )
     if memory.progress.fill != 0:
         raise ValueError(
             "memory was taken amid a window: forget where the tokens read are a whole number of "

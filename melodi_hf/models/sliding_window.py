@@ -9,7 +9,7 @@ set. The configuration says how many tokens before a window are held (`tokens_ca
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,9 +29,9 @@ class WindowMemory(NamedTuple):
 class SlidingWindowLayer(DecoderLayer):
     """A layer that attends to the W tokens before each token."""
 
-    memory_type = WindowMemory
+    memory_type: ClassVar[type] = WindowMemory
     window_axis = {"keys": 2, "values": 2}  # noqa: RUF012
-    changed_by_closing = ("keys", "values")
+    changed_by_closing: ClassVar[tuple[str, ...]] = ("keys", "values")
     kinds = {"short": ("keys", "values")}  # noqa: RUF012
 
     def __init__(self, config, layer_idx):
@@ -58,13 +58,16 @@ class SlidingWindowLayer(DecoderLayer):
         # x: B T D
         packed = plan.pack_tokens(x)
         h = self.dropout(self.input_layernorm(packed))
-        q, (k, v) = self.self_attn.queries(h), self.self_attn.keys_values(h)
-        parts = (plan.split(t, 2) for t in (q, k, v))
-        attended, memory = self.read_chunks(plan, WindowMemory(*memory), *parts)
+        parts = (plan.split(t, 2) for t in self.project(h))
+        attended, memory = self.read_chunks(plan, self.memory_type(*memory), *parts)
         packed = packed + self.self_attn.o_proj(merge_heads(plan.join(attended, 2)))
         packed = packed + self.dropout(self.mlp(self.post_attention_layernorm(packed)))
         # Not parts of longer tensors, which FSDP warns of.
         return plan.unpack_tokens(packed), *(held.contiguous() for held in memory)
+
+    def project(self, h):
+        """B T D, normalised -> queries, keys and values of its tokens."""
+        return self.self_attn.queries(h), *self.self_attn.keys_values(h)
 
     def figures(self, memory, windows_read):
         """memory_rms: the size of the remembered values' numbers; keys have length one."""
@@ -81,20 +84,19 @@ class SlidingWindowLayer(DecoderLayer):
 
     def read(self, chunk, bias, memory, q, k, v):
         """One cell: q, k, v: B H T K -> what was attended to (B H T K), the next memory."""
-        past = self.past
-        keys, values = chunk.begin(memory, lambda: tuple(t[:, :, :past] for t in memory), 2, past)
+        past, held = self.past, (memory.keys, memory.values)
+        keys, values = chunk.begin(held, lambda: tuple(t[:, :, :past] for t in held), 2, past)
         keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
         filled = self.filled_slots(chunk)
         attended = self.self_attn(
             q, keys, values, bias, past, filled, chunk.in_order, chunk.weights
         )
-        memory = WindowMemory(keys, values)
+        memory = memory._replace(keys=keys, values=values)
         return attended, self.close(memory, chunk) if chunk.closes else memory
 
     def close(self, memory, chunk):
         """The window is full: it becomes the last one."""
         chunk.remember(memory)
-        length = self.config.window_length
-        return WindowMemory(
-            *(chunk.where_closed(held.narrow(2, length, self.past), held) for held in memory)
-        )
+        length, held = self.config.window_length, (memory.keys, memory.values)
+        keys, values = (chunk.where_closed(t.narrow(2, length, self.past), t) for t in held)
+        return memory._replace(keys=keys, values=values)

@@ -112,6 +112,11 @@ class Chunk:
             return fresh()
         return tuple(tensor.narrow(dim, 0, offset + self.fill) for tensor in held)
 
+    def where_opened(self, held, fresh):
+        """What stays the same throughout a window: `fresh()` in the rows whose window begins here,
+        else `held`; both are tuples of tensors."""
+        return fresh() if self.fill == 0 else held
+
     def extend(self, held, new, dim):
         """Write the chunk's tokens (and the summary tokens that follow them) behind `held`."""
         return torch.cat((held.to(new.dtype), new), dim) if held.shape[dim] else new
@@ -194,6 +199,15 @@ class RaggedChunk(Chunk):
             for old, new in zip(held, fresh(), strict=True)
         )
 
+    def where_opened(self, held, fresh):
+        return self._opened(held, fresh()) if self.opens else held
+
+    def _opened(self, held, made):
+        return tuple(
+            torch.where(_rows(self.is_opening, old), new.to(old.dtype), widened(old, new.shape))
+            for old, new in zip(held, made, strict=True)
+        )
+
     def extend(self, held, new, dim):
         if self.tokens == 0:
             return super().extend(held, new, dim)
@@ -229,6 +243,28 @@ class RaggedChunk(Chunk):
     def bias_before(self, by_distance, before):
         place = self.first[:, None] + torch.arange(self.tokens, device=before.device)
         return by_distance(place[..., None] + before).transpose(0, 1)  # H R T M -> R H T M
+
+
+class StepChunk(RaggedChunk):
+    """A token of each row inside a compiled graph, which decides when it runs whether any row
+    begins a window."""
+
+    def where_opened(self, held, fresh):
+        shapes = [tensor.shape for tensor in held]
+        if not all(tensor.numel() for tensor in held):  # as training carries it between windows
+            return super().where_opened(held, fresh)
+
+        def make(*flat):
+            pairs = zip(flat, shapes, strict=True)
+            made = self._opened([old.view(shape) for old, shape in pairs], fresh())
+            return tuple(new.flatten() for new in made)
+
+        def keep(*flat):
+            return tuple(old.clone() for old in flat)
+
+        flat = tuple(tensor.flatten() for tensor in held)  # as in `ClosingChunk`
+        opened = torch.cond(self.is_opening.any(), make, keep, flat)
+        return tuple(new.view(shape) for new, shape in zip(opened, shapes, strict=True))
 
 
 class ClosingChunk(RaggedChunk):
@@ -493,7 +529,8 @@ def plan_unseen(progress, mask, window_length):
         before = progress.tokens_read + taken
         tokens = min(window_length, num_columns)
         closes = furthest + num_columns >= (i + 1) * window_length and num_columns > 1
-        chunks.append(RaggedChunk(tokens, fill, count, before, window_length, closes=closes))
+        kind = StepChunk if num_columns == 1 else RaggedChunk
+        chunks.append(kind(tokens, fill, count, before, window_length, closes=closes))
         starts.append(taken)
         taken, left, fill = taken + count, left - count, (fill + count)
         if num_columns == 1:

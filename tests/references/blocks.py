@@ -19,7 +19,7 @@ def read_segment(twin, params, sizes, state, ids, start, mask_empty_memory=False
     *left, states = zip(*rows, strict=True)
     xs, *us = ([torch.stack(layer) for layer in zip(*kind, strict=True)] for kind in left)
     table = params["embed/embedding"]
-    hidden = rms_norm(xs[-1], params["layer_stack/final_layernorm/scale"])
+    hidden = rms_norm(xs[-1], params[f"{twin.OUTSIDE}final_layernorm/scale"])
     return {
         "logits": hidden @ table.T / math.sqrt(table.shape[1]),
         "hidden": hidden,

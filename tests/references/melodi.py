@@ -8,7 +8,8 @@ import torch
 
 from .blocks import attend, bucket, rms_norm, unit
 
-STACK = "layer_stack/melodi_layers_{}/"
+OUTSIDE = "layer_stack/"  # of the layers
+STACK = OUTSIDE + "melodi_layers_{}/"
 SHORT = STACK + "short_memory/previous_mems_test"
 LONG = STACK + "long_memory/previous_mems_test"
 

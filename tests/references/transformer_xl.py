@@ -7,7 +7,8 @@ import torch
 
 from .blocks import attend, bucket, rms_norm, unit
 
-STACK = "layer_stack/transformer{}/"
+OUTSIDE = "layer_stack/"  # of the layers
+STACK = OUTSIDE + "transformer{}/"
 KEYS = STACK + "kvi_cache/previous_keys_test"
 VALUES = STACK + "kvi_cache/previous_values_test"
 
@@ -33,10 +34,18 @@ def read_row(params, sizes, memory, ids, mask_empty_memory):
         cache = memory[KEYS.format(i)], memory[VALUES.format(i)]
         found, after[KEYS.format(i)], after[VALUES.format(i)] = look_back(p, sizes, x, cache, seen)
         x = x + found
-        inner = rms_norm(x, p["tbase/pre_ffn_layernorm/scale"]) @ p["tbase/ffn/hidden0/kernel"]
-        x = x + inner.relu() @ p["tbase/ffn/output_layer/kernel"]
+        x = x + feed_forward(p, rms_norm(x, p["tbase/pre_ffn_layernorm/scale"]))
         xs.append(x)
     return xs, after
+
+
+def feed_forward(p, x):
+    """Without biases, or with them under other names: two classes of the released code."""
+    if "tbase/ffn/hidden0/kernel" in p:
+        return (x @ p["tbase/ffn/hidden0/kernel"]).relu() @ p["tbase/ffn/output_layer/kernel"]
+    p = {n.removeprefix("tbase/ffn/mlp_layer/"): t for n, t in p.items()}
+    inner = (x @ p["input_layer/kernel"] + p["input_layer/bias"]).relu()
+    return inner @ p["output_layer/kernel"] + p["output_layer/bias"]
 
 
 def look_back(p, sizes, x, cache, seen):
