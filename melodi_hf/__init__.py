@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .models.cache import MelodiCache
 from .models.configuration_block_recurrent import BlockRecurrentConfig
 from .models.configuration_compressive_transformer import CompressiveTransformerConfig
+from .models.configuration_elastic_memory import ElasticMemoryConfig
 from .models.configuration_melodi import MelodiConfig
 from .models.configuration_plain_transformer import PlainTransformerConfig
 from .models.configuration_transformer_xl import TransformerXLConfig
@@ -17,6 +18,7 @@ from .models.modeling_compressive_transformer import (
     CompressiveTransformerForCausalLM,
     CompressiveTransformerModel,
 )
+from .models.modeling_elastic_memory import ElasticMemoryForCausalLM, ElasticMemoryModel
 from .models.modeling_melodi import MelodiForCausalLM, MelodiModel
 from .models.modeling_plain_transformer import PlainTransformerForCausalLM, PlainTransformerModel
 from .models.modeling_transformer_xl import TransformerXLForCausalLM, TransformerXLModel
@@ -30,6 +32,9 @@ __all__ = [
     "CompressiveTransformerConfig",
     "CompressiveTransformerForCausalLM",
     "CompressiveTransformerModel",
+    "ElasticMemoryConfig",
+    "ElasticMemoryForCausalLM",
+    "ElasticMemoryModel",
     "MelodiCache",
     "MelodiConfig",
     "MelodiForCausalLM",
@@ -53,6 +58,7 @@ for config, model, language_model in (
         CompressiveTransformerModel,
         CompressiveTransformerForCausalLM,
     ),
+    (ElasticMemoryConfig, ElasticMemoryModel, ElasticMemoryForCausalLM),
 ):
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)

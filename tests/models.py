@@ -7,6 +7,8 @@ from melodi_hf import (
     BlockRecurrentForCausalLM,
     CompressiveTransformerConfig,
     CompressiveTransformerForCausalLM,
+    ElasticMemoryConfig,
+    ElasticMemoryForCausalLM,
     MelodiCache,
     MelodiConfig,
     MelodiForCausalLM,
@@ -50,12 +52,14 @@ TINY_SCALED = TINY | {
     "compressed_position": "scaled",
 }
 TINY_BLOCK_RECURRENT = TINY | {"recurrent_layers": (1,), "num_state_vectors": 5}
+TINY_ELASTIC = TINY | {"memory_layers": (1,), "memory_order": 7, "num_memory_samples": 5}
 MODEL_CLASSES = {
     MelodiConfig: MelodiForCausalLM,
     TransformerXLConfig: TransformerXLForCausalLM,
     PlainTransformerConfig: PlainTransformerForCausalLM,
     CompressiveTransformerConfig: CompressiveTransformerForCausalLM,
     BlockRecurrentConfig: BlockRecurrentForCausalLM,
+    ElasticMemoryConfig: ElasticMemoryForCausalLM,
 }
 
 SYSTEMS = {
@@ -100,6 +104,17 @@ SYSTEMS = {
         TINY_BLOCK_RECURRENT
         | {"gate": "full", "gate_configuration": "single", "mask_empty_memory": True},
     ),
+    "elastic_memory": (ElasticMemoryConfig, TINY_ELASTIC),
+    "elastic_memory_sliding": (
+        ElasticMemoryConfig,
+        TINY_ELASTIC
+        | {
+            "memory_layers": (0, 2),
+            "sampling": "exponential",
+            "other_layers": "sliding",
+            "mask_empty_memory": False,
+        },
+    ),
 }
 MELODIS = [name for name in SYSTEMS if name.startswith("melodi")]
 # One of each system, where its variants cannot differ.
@@ -109,6 +124,7 @@ EACH = [
     "plain_transformer",
     "compressive_transformer",
     "block_recurrent",
+    "elastic_memory",
 ]
 VARIED = [  # where all would take too long
     "melodi",
@@ -122,6 +138,7 @@ VARIED = [  # where all would take too long
     "compressive_transformer_most_used",
     "block_recurrent",
     "block_recurrent_masked",
+    "elastic_memory",
 ]
 FORGETFUL = ["melodi_no_memory", "plain_transformer", "plain_transformer_window"]
 EACH_REMEMBERING = [name for name in EACH if name not in FORGETFUL]

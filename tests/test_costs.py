@@ -9,6 +9,8 @@ from melodi_hf import (
     BlockRecurrentForCausalLM,
     CompressiveTransformerConfig,
     CompressiveTransformerForCausalLM,
+    ElasticMemoryConfig,
+    ElasticMemoryForCausalLM,
     MelodiCache,
     MelodiConfig,
     MelodiForCausalLM,
@@ -40,6 +42,13 @@ TINY_COMPRESSIVE = CompressiveTransformerConfig(
 TINY_RECURRENT = BlockRecurrentConfig(
     vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=16,
     intermediate_size=64, window_length=8, recurrent_layers=(0, 2), num_state_vectors=5,
+    attn_implementation="eager",
+)  # fmt: skip
+
+
+TINY_ELASTIC = ElasticMemoryConfig(
+    vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, head_dim=16,
+    intermediate_size=64, window_length=8, memory_layers=(1,), memory_order=6, num_memory_samples=5,
     attn_implementation="eager",
 )  # fmt: skip
 
@@ -78,6 +87,33 @@ def test_what_runs_is_what_is_counted(num_tokens):
     hidden = windows * (12 * 16 - sees(12)) + (rest * (4 + rest) - sees(rest))
     waste = 2 * 3 * hidden * 2 * 32 + projected_queue(TINY)
     assert counter.get_total_flops() == forward_flops(TINY, num_tokens) + waste
+
+
+@pytest.mark.parametrize("num_tokens", [8, 24, 29, 5])
+@pytest.mark.parametrize("sampling", ["uniform", "exponential"])
+def test_what_an_elastic_memory_runs_is_what_is_counted(num_tokens, sampling):
+    """Its banks are not counted: they are made in the first reading."""
+    model = ElasticMemoryForCausalLM(TINY_ELASTIC).eval().requires_grad_(False)
+    model.set_sampling(sampling)
+    ids = torch.randint(0, 50, (1, num_tokens))
+    model(ids, use_cache=False, return_memory=True)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False, return_memory=True)
+    windows, rest = divmod(num_tokens, 8)
+    hidden = windows * (64 - 28) + rest * rest - rest * (rest - 1) // 2  # in each of three layers
+    waste = 2 * 3 * hidden * 2 * 32
+    assert counter.get_total_flops() == forward_flops(TINY_ELASTIC, num_tokens) + waste
+
+
+def test_an_elastic_memory_of_the_first_size_costs_little_per_token():
+    """2 (4d (N² / W + N) / 2 + 2 M N d / W) of one layer beside the products of its block."""
+    with_memory = ElasticMemoryConfig(num_memory_samples=540, memory_layers=(6,))
+    without = ElasticMemoryConfig(memory_layers=())
+    added = forward_flops(with_memory, 2048) - forward_flops(without, 2048)
+    attended = 4 * 540 * 1024
+    taken_in, recalled = 4 * 1024 * (540 * 540 / 2048 + 540), 4 * 540 * 540 * 1024 / 2048
+    assert taken_in / 1e6 == pytest.approx(2.8, abs=0.05)
+    assert added / 2048 == pytest.approx(attended + taken_in + recalled)
 
 
 def projected_queue(config):  # in training the queue's tokens are projected once per call
@@ -147,13 +183,21 @@ def test_decoding_reads_the_keys_and_values_of_the_state():
     assert decoding_bytes(config, 0, 2) - without == (512 * 2 * 1024 + 2 * 1024 * 1024) * 2
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_XL, TINY_COMPRESSIVE, TINY_RECURRENT])
+@pytest.mark.parametrize("config", [TINY, TINY_XL, TINY_COMPRESSIVE, TINY_RECURRENT, TINY_ELASTIC])
 def test_cache_holds_the_bytes_that_are_counted(config):
     from transformers import AutoModelForCausalLM
 
     cache = MelodiCache(config)
     AutoModelForCausalLM.from_config(config)(torch.randint(0, 50, (3, 21)), past_key_values=cache)
     assert cache.memory_bytes() == 3 * held_bytes(config, 4)
+
+
+def test_coefficients_of_halves_are_counted_as_they_are_held():
+    cache, model = MelodiCache(TINY_ELASTIC), ElasticMemoryForCausalLM(TINY_ELASTIC).bfloat16()
+    with torch.no_grad():
+        model(torch.randint(0, 50, (3, 21)), past_key_values=cache)
+    assert cache.memory_bytes() == 3 * held_bytes(TINY_ELASTIC, 2)
+    assert 2 * held_bytes(TINY_ELASTIC, 2) == held_bytes(TINY_ELASTIC, 4) + 2 * 6 * 32 * 4
 
 
 def test_decoding_reads_more_the_fuller_the_window_and_never_more_than_64_megabytes_of_memory():

@@ -1,5 +1,7 @@
 """Parts of a memory can be taken out of it, and what is left is what the model would hold."""
 
+import math
+
 import pytest
 import torch
 
@@ -170,7 +172,7 @@ def test_the_memory_that_was_given_stays_as_it_was(name):
     model = build(name)
     memory = model(draw(2, 2 * WINDOW), return_memory=True).memory
     copies = [[tensor.clone() for tensor in layer] for layer in memory.layers]
-    model.base_model.forget(memory, short=0)
+    model.base_model.forget(memory, **dict.fromkeys(model.base_model.windows_kept(), 0))
     assert memory.progress.forgotten == {}
     for layer, copied in zip(memory.layers, copies, strict=True):
         for tensor, copy in zip(layer, copied, strict=True):
@@ -184,6 +186,8 @@ def test_models_tell_what_they_could_forget():
     assert kept["melodi_no_long"] == kept["transformer_xl"] == {"short": 1}
     assert kept["melodi_no_short"] == {"long": 3}
     assert kept["melodi_no_memory"] == {}
+    assert kept["elastic_memory"] == {"long": math.inf}  # all of the past, or nothing
+    assert kept["elastic_memory_sliding"] == {"long": math.inf, "short": 1}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import pytest
 from melodi_hf import (
     BlockRecurrentConfig,
     CompressiveTransformerConfig,
+    ElasticMemoryConfig,
     MelodiConfig,
     TransformerXLConfig,
 )
@@ -147,3 +148,17 @@ def test_both_memories_of_a_compressive_transformer(sizes, exact, printed):
     )
     assert config.memory_floats() == exact
     assert round(exact / 1e6, 1) == printed
+
+
+@pytest.mark.parametrize(
+    ("order", "floats"), [(540, 4_423_680), (1080, 8_847_360), (8640, 70_778_880)]
+)
+def test_elastic_memory_holds_its_coefficients_however_long_its_blocks(order, floats):
+    """The sizes "1x", "2x" and "16x" of the paper, in four of twelve layers."""
+    config = ElasticMemoryConfig(memory_order=order)
+    assert config.memory_floats() == floats == 4 * 2 * order * 1024
+    assert ElasticMemoryConfig(memory_order=order, window_length=512).memory_floats() == floats
+    one = ElasticMemoryConfig(memory_order=order, memory_layers=(6,))
+    assert one.memory_floats() == 2 * order * 1024
+    sliding = ElasticMemoryConfig(memory_order=order, other_layers="sliding")
+    assert sliding.memory_floats() == floats + 8 * 2 * 2048 * 1024

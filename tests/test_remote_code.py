@@ -26,6 +26,7 @@ SYSTEMS = {
     "plain_transformer": "PlainTransformer",
     "compressive_transformer": "CompressiveTransformer",
     "block_recurrent": "BlockRecurrent",
+    "elastic_memory": "ElasticMemory",
 }
 IDS = torch.arange(1, 22)[None] * 7 % 61
 

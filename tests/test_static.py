@@ -30,7 +30,11 @@ def generate(model, ids, mask, **how):
 
 def small(name):
     """Compiling takes time, layer by layer."""
-    sizes = {"melodi": "long_memory_layers", "block_recurrent": "recurrent_layers"}
+    sizes = {
+        "melodi": "long_memory_layers",
+        "block_recurrent": "recurrent_layers",
+        "elastic_memory": "memory_layers",
+    }
     special = {field: (0,) for system, field in sizes.items() if name.startswith(system)}
     return build(name, num_hidden_layers=1, **special)
 

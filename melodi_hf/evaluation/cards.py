@@ -73,6 +73,13 @@ CITATIONS = {
   year = {2022},
   url = {https://arxiv.org/abs/2203.07852}
 }""",
+    "elastic_memory": """
+@misc{song2026compressive,
+  title = {Towards Compressive and Scalable Recurrent Memory},
+  author = {Song, Yunchong and Kai, Jushi and Lu, Liming and Qiu, Kaixi and Lin, Zhouhan},
+  year = {2026},
+  url = {https://arxiv.org/abs/2602.11212}
+}""",
 }
 
 SNIPPET = """\

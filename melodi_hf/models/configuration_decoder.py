@@ -33,6 +33,8 @@ class DecoderConfig(PreTrainedConfig):
 
     model_type = "memory_decoder"
     keys_to_ignore_at_inference = ["past_key_values", "memory"]  # noqa: RUF012
+    # Of the fields that a system adds, those that leave a memory and its meaning as they are.
+    free_fields = tuple[str, ...]()  # an annotation would make it one of them
 
     vocab_size: int = 32128
     hidden_size: int = 1024  # channels of the residual stream

@@ -10,6 +10,7 @@ from functools import singledispatch
 from .compression import DILATIONS
 from .configuration_block_recurrent import BlockRecurrentConfig
 from .configuration_compressive_transformer import CompressiveTransformerConfig
+from .configuration_elastic_memory import ElasticMemoryConfig
 from .configuration_melodi import MelodiConfig
 from .configuration_plain_transformer import PlainTransformerConfig
 from .configuration_transformer_xl import TransformerXLConfig
@@ -103,6 +104,24 @@ def _update(config):
     }[config.gate_configuration]
 
 
+@body_products.register
+def _(config: ElasticMemoryConfig, num_tokens, queue_filled=None):
+    # Banks are left out: they are made once for all layers and documents.
+    length, order, heads = config.window_length, config.memory_order, _heads(config)
+    samples = config.num_memory_samples if queue_filled is None else queue_filled
+    blocks, rest = divmod(num_tokens, length)
+    begun = blocks + (rest > 0)
+    local = blocks * _pairs_within(length, length) + _pairs_within(rest, length)
+    sliding = num_tokens * length if config.tokens_carried else local
+    recall = begun * 2 * heads * order * config.num_memory_samples
+    take_in = blocks * 2 * heads * (order * order + order * length)
+    with_memory = (local + num_tokens * samples) * 2 * heads + recall + take_in
+    remembering = len(config.layers_with_memory)
+    products = (config.num_hidden_layers - remembering) * sliding * 2 * heads
+    products += config.num_hidden_layers * num_tokens * _projections(config)
+    return products + remembering * with_memory
+
+
 def _pairs_within(tokens, furthest):
     # Pairs of tokens, one strictly before the other, at most `furthest` apart.
     beginning = min(tokens, furthest)
@@ -192,6 +211,18 @@ def _(config: MelodiConfig, bytes_per_number):
     return (config.num_hidden_layers * layer + queues) * bytes_per_number
 
 
+@held_bytes.register
+def _(config: ElasticMemoryConfig, bytes_per_number):
+    remembering = len(config.layers_with_memory)
+    slots = remembering * config.num_memory_samples
+    slots += (config.num_hidden_layers - remembering) * config.tokens_carried
+    slots += config.num_hidden_layers * config.window_length
+    exact = max(4, bytes_per_number)  # coefficients are kept in float32
+    return (
+        2 * _heads(config) * (slots * bytes_per_number + remembering * config.memory_order * exact)
+    )
+
+
 @singledispatch
 def decoding_bytes(config, slot, bytes_per_number) -> int:
     """Bytes that must be read to decode one token of one row, `slot` tokens into its window."""
@@ -235,3 +266,11 @@ def _(config: CompressiveTransformerConfig, slot, bytes_per_number):
     seen = _compressive_slots(config) + slot
     read = config.num_hidden_layers * seen * 2 * _heads(config)
     return weight_bytes(config, bytes_per_number) + read * bytes_per_number
+
+
+@decoding_bytes.register
+def _(config: ElasticMemoryConfig, slot, bytes_per_number):
+    remembering = len(config.layers_with_memory)  # of whose coefficients no token reads one
+    seen = remembering * (config.num_memory_samples + slot)
+    seen += (config.num_hidden_layers - remembering) * max(slot, config.tokens_carried)
+    return weight_bytes(config, bytes_per_number) + seen * 2 * _heads(config) * bytes_per_number

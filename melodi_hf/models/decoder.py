@@ -13,6 +13,7 @@ The schedule is layer by layer: a layer reads all windows of the call before the
 so that hooks, FSDP, checkpointing and device maps find one call per layer.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, cast
 
@@ -107,9 +108,9 @@ class DecoderLayer(GradientCheckpointingLayer):
     window_axis: ClassVar[dict[str, int]] = {}  # of the fields that grow with the open window
     changed_by_closing: ClassVar[tuple[str, ...]] = ()  # the fields that a new window finds changed
     kinds: ClassVar[dict[str, tuple[str, ...]]] = {}  # "short" and "long" -> their fields
-    kept_in_float32: ClassVar[tuple[str, ...]] = ()  # the fields that bfloat16 would spoil
-    # The fields that sum up the whole past, in which no window can be told from another.
+    # The kinds that sum up the whole past, in which no window can be told from another.
     summaries_of_the_past: ClassVar[tuple[str, ...]] = ()
+    kept_in_float32: ClassVar[tuple[str, ...]] = ()  # the fields that bfloat16 would spoil
 
     memory_type: ClassVar[type]  # the NamedTuple
     attention_map: AttentionMap
@@ -131,12 +132,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         past reaches back to its beginning, `math.inf`."""
         per_window, shapes = self.slots_per_window(), self.memory_shapes()
         slots = {kind: max(shapes[name][-2] for name in self.kinds[kind]) for kind in per_window}
-        kept = {kind: float("inf") for kind in self.kinds if self.is_summary(kind)}
+        kept: dict[str, float] = dict.fromkeys(self.summaries_of_the_past, math.inf)
         return kept | {kind: -(-slots[kind] // n) for kind, n in per_window.items() if n}
-
-    def is_summary(self, kind) -> bool:
-        """Whether this kind of memory sums up the whole past: it is kept, or emptied."""
-        return not set(self.summaries_of_the_past).isdisjoint(self.kinds[kind])
 
     def forget(self, memory, windows: dict[str, int]):
         """`memory` with what the newest so many windows left in each kind, and zeros before it."""
@@ -179,8 +176,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         return self.in_type(empty, dtype)
 
     def in_type(self, memory, dtype):
-        """The memory in another precision, but for what is kept in float32."""
-        exact = {name: getattr(memory, name).float() for name in self.kept_in_float32}
+        """The memory in another precision, but for what is kept in float32 or wider."""
+        wide = torch.promote_types(dtype, torch.float32)
+        exact = {name: getattr(memory, name).to(wide) for name in self.kept_in_float32}
         return type(memory)(*(tensor.to(dtype) for tensor in memory))._replace(**exact)
 
     def figures(self, memory, windows_read) -> dict[str, Tensor]:
@@ -308,8 +306,8 @@ class DecoderModel(DecoderPreTrainedModel):
         Raises `ValueError` for a kind that the model does not have, for any number but 0 of a
         memory that sums up the whole past, and amid a window.
         """
-        refuse_unforgettable(memory, windows, self.windows_kept())
         layers = cast("list[DecoderLayer]", list(self.layers))
+        refuse_unforgettable(memory, windows, self.windows_kept())
         cut = tuple(
             layer.forget(held, windows) for layer, held in zip(layers, memory.layers, strict=True)
         )

@@ -70,8 +70,8 @@ def memory_fields(config) -> dict[str, Any]:
 
 @cache
 def _names_that_count(config_class):
-    common = PreTrainedConfig.__dataclass_fields__.keys() | FREE_FIELDS
-    return sorted(config_class.__dataclass_fields__.keys() - common)
+    free = PreTrainedConfig.__dataclass_fields__.keys() | FREE_FIELDS | {*config_class.free_fields}
+    return sorted(config_class.__dataclass_fields__.keys() - free)
 
 
 def refuse_memory_of(fields, config):

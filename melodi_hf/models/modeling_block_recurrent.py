@@ -231,7 +231,7 @@ class BlockRecurrentLayer(SlidingWindowLayer):
     window_axis = dict.fromkeys(("keys", "values", "state_keys", "state_values"), 2)
     changed_by_closing = ("keys", "values", "state")
     kinds = SlidingWindowLayer.kinds | {"long": ("state", "state_keys", "state_values")}
-    summaries_of_the_past = ("state", "state_keys", "state_values")
+    summaries_of_the_past = ("long",)
     kept_in_float32 = ("state",)
 
     def __init__(self, config, layer_idx):

@@ -112,6 +112,10 @@ class Chunk:
             return fresh()
         return tuple(tensor.narrow(dim, 0, offset + self.fill) for tensor in held)
 
+    def begin_at_cost(self, held, fresh, dim, offset=0):
+        """As `begin`, for a `fresh` that is better not called without need."""
+        return self.begin(held, fresh, dim, offset)
+
     def where_opened(self, held, fresh):
         """What stays the same throughout a window: `fresh()` in the rows whose window begins here,
         else `held`; both are tuples of tensors."""
@@ -250,21 +254,27 @@ class StepChunk(RaggedChunk):
     begins a window."""
 
     def where_opened(self, held, fresh):
-        shapes = [tensor.shape for tensor in held]
         if not all(tensor.numel() for tensor in held):  # as training carries it between windows
             return super().where_opened(held, fresh)
+        return self._if_any_opens(held, lambda held: self._opened(held, fresh()))
 
-        def make(*flat):
-            pairs = zip(flat, shapes, strict=True)
-            made = self._opened([old.view(shape) for old, shape in pairs], fresh())
-            return tuple(new.flatten() for new in made)
+    def begin_at_cost(self, held, fresh, dim, offset=0):
+        held = tuple(widen(tensor, dim, offset + self.window_length) for tensor in held)
+        return self._if_any_opens(held, lambda held: self.begin(held, fresh, dim, offset))
 
-        def keep(*flat):
+    def _if_any_opens(self, held, make):
+        shapes = [tensor.shape for tensor in held]
+
+        def opened(*flat):
+            made = make(tuple(t.view(shape) for t, shape in zip(flat, shapes, strict=True)))
+            return tuple(new.flatten().clone() for new in made)
+
+        def kept(*flat):
             return tuple(old.clone() for old in flat)
 
         flat = tuple(tensor.flatten() for tensor in held)  # as in `ClosingChunk`
-        opened = torch.cond(self.is_opening.any(), make, keep, flat)
-        return tuple(new.view(shape) for new, shape in zip(opened, shapes, strict=True))
+        chosen = torch.cond(self.is_opening.any(), opened, kept, flat)
+        return tuple(new.view(shape) for new, shape in zip(chosen, shapes, strict=True))
 
 
 class ClosingChunk(RaggedChunk):
