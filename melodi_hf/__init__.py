@@ -10,6 +10,7 @@ from .models.configuration_block_recurrent import BlockRecurrentConfig
 from .models.configuration_compressive_transformer import CompressiveTransformerConfig
 from .models.configuration_elastic_memory import ElasticMemoryConfig
 from .models.configuration_melodi import MelodiConfig
+from .models.configuration_memorizing_transformer import MemorizingTransformerConfig
 from .models.configuration_plain_transformer import PlainTransformerConfig
 from .models.configuration_transformer_xl import TransformerXLConfig
 from .models.meliad import from_meliad
@@ -20,6 +21,10 @@ from .models.modeling_compressive_transformer import (
 )
 from .models.modeling_elastic_memory import ElasticMemoryForCausalLM, ElasticMemoryModel
 from .models.modeling_melodi import MelodiForCausalLM, MelodiModel
+from .models.modeling_memorizing_transformer import (
+    MemorizingTransformerForCausalLM,
+    MemorizingTransformerModel,
+)
 from .models.modeling_plain_transformer import PlainTransformerForCausalLM, PlainTransformerModel
 from .models.modeling_transformer_xl import TransformerXLForCausalLM, TransformerXLModel
 
@@ -39,6 +44,9 @@ __all__ = [
     "MelodiConfig",
     "MelodiForCausalLM",
     "MelodiModel",
+    "MemorizingTransformerConfig",
+    "MemorizingTransformerForCausalLM",
+    "MemorizingTransformerModel",
     "PlainTransformerConfig",
     "PlainTransformerForCausalLM",
     "PlainTransformerModel",
@@ -59,6 +67,11 @@ for config, model, language_model in (
         CompressiveTransformerForCausalLM,
     ),
     (ElasticMemoryConfig, ElasticMemoryModel, ElasticMemoryForCausalLM),
+    (
+        MemorizingTransformerConfig,
+        MemorizingTransformerModel,
+        MemorizingTransformerForCausalLM,
+    ),
 ):
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)

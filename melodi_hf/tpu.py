@@ -191,6 +191,12 @@ class LoopPlan(Plan):
             "ask for it on the CPU, or with the windows unrolled"
         )
 
+    def line_up(self, packed, dim):
+        raise ValueError(
+            "a memory of single tokens has no loop over windows: train this system on a GPU or "
+            "the CPU"
+        )
+
     def pack(self, x, summaries):
         tokens = x.unflatten(1, (self.count, -1))  # B C W D
         return torch.cat((tokens, summaries), dim=2).flatten(1, 2)

@@ -12,6 +12,8 @@ from melodi_hf import (
     MelodiCache,
     MelodiConfig,
     MelodiForCausalLM,
+    MemorizingTransformerConfig,
+    MemorizingTransformerForCausalLM,
     PlainTransformerConfig,
     PlainTransformerForCausalLM,
     TransformerXLConfig,
@@ -53,6 +55,15 @@ TINY_SCALED = TINY | {
 }
 TINY_BLOCK_RECURRENT = TINY | {"recurrent_layers": (1,), "num_state_vectors": 5}
 TINY_ELASTIC = TINY | {"memory_layers": (1,), "memory_order": 7, "num_memory_samples": 5}
+TINY_MEMORIZING = TINY | {"memory_layer": 0, "memory_length": 12, "num_retrieved": 5}
+TINY_SIDE = TINY_MEMORIZING | {
+    "memory_layer": 1,
+    "placement": "side",
+    "retrieval": "dense",
+    "memory_combination": "joint",
+    "segment_windows": 2,
+    "mlp_bias": True,
+}
 MODEL_CLASSES = {
     MelodiConfig: MelodiForCausalLM,
     TransformerXLConfig: TransformerXLForCausalLM,
@@ -60,6 +71,7 @@ MODEL_CLASSES = {
     CompressiveTransformerConfig: CompressiveTransformerForCausalLM,
     BlockRecurrentConfig: BlockRecurrentForCausalLM,
     ElasticMemoryConfig: ElasticMemoryForCausalLM,
+    MemorizingTransformerConfig: MemorizingTransformerForCausalLM,
 }
 
 SYSTEMS = {
@@ -115,6 +127,13 @@ SYSTEMS = {
             "mask_empty_memory": False,
         },
     ),
+    "memorizing_transformer": (MemorizingTransformerConfig, TINY_MEMORIZING),
+    "memorizing_transformer_joint": (
+        MemorizingTransformerConfig,
+        TINY_MEMORIZING
+        | {"retrieval": "dense", "memory_combination": "joint", "mask_empty_memory": True},
+    ),
+    "memorizing_transformer_side": (MemorizingTransformerConfig, TINY_SIDE),
 }
 MELODIS = [name for name in SYSTEMS if name.startswith("melodi")]
 # One of each system, where its variants cannot differ.
@@ -125,6 +144,7 @@ EACH = [
     "compressive_transformer",
     "block_recurrent",
     "elastic_memory",
+    "memorizing_transformer",
 ]
 VARIED = [  # where all would take too long
     "melodi",
@@ -139,6 +159,8 @@ VARIED = [  # where all would take too long
     "block_recurrent",
     "block_recurrent_masked",
     "elastic_memory",
+    "memorizing_transformer",
+    "memorizing_transformer_side",
 ]
 FORGETFUL = ["melodi_no_memory", "plain_transformer", "plain_transformer_window"]
 EACH_REMEMBERING = [name for name in EACH if name not in FORGETFUL]

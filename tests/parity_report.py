@@ -21,7 +21,7 @@ KINDS = ("logits", "hidden", "layers", "state", "loss", "grads")
 def golden_files():
     """The files beside the tests, or those of the folder that MELODI_GOLDEN names."""
     folder = Path(os.environ.get("MELODI_GOLDEN", Path(__file__).parent / "golden"))
-    systems = ("melodi_*", "transformer_xl*", "block_recurrent*")
+    systems = ("melodi_*", "transformer_xl*", "block_recurrent*", "memorizing_*")
     return [path for name in systems for path in sorted(folder.glob(f"{name}.safetensors"))]
 
 
@@ -30,11 +30,25 @@ def read_golden(path):
     with safe_open(path, "pt") as file:
         sizes = json.loads(file.metadata()["config"])
     tensors = load_file(path)
+    # The window cache of a side layer is never written there.
+    tensors = {n: t for n, t in tensors.items() if "side_layer/kvi_cache/" not in n}
     return {n: t for n, t in tensors.items() if t.numel() or n.startswith("params/")}, sizes
 
 
-def held(memory, name, window_length):
-    """The part of a model's memory that the JAX code calls `name`."""
+def held(memory, name, config, tokens_given=0):
+    """The part of a model's memory that the JAX code calls `name`.
+
+    tokens_given: to each row since the first call, new documents or not: they say where in its ring
+    the JAX code writes next, at the slot that is the oldest.
+    """
+    if "recurrent_memory" in name:
+        index = tokens_given % config.memory_length
+        if name.endswith("write_index_test"):
+            return torch.tensor(index)
+        field = name.rpartition("/")[2].removesuffix("_test")
+        slots = getattr(memory.layers[config.memory_layer], field)
+        return slots[:, :, -config.memory_length :].transpose(1, 2).roll(index, dims=1)
+    window_length = config.window_length
     layer = memory.layers[int(re.search(r"(?:melodi_layers_|transformer)(\d+)", name)[1])]
     if "recurrent_state" in name:
         return layer.state
@@ -47,12 +61,21 @@ def held(memory, name, window_length):
 
 
 def read_segment(model, input_ids, memory, start):
-    """The output of one call, and what left each layer: context and, if it has any, summary."""
-    left = []
+    """The output of one call, what left each layer, and a list beside it: the summary tokens that
+    left each layer; or what entered the side layer, and what it made of that."""
+    left, beside = [], []
+
+    def watch(module, inputs, output):
+        x = inputs[0]
+        doubled = model.config.side_residual == "double"
+        beside.extend((x, output[0] - x if doubled else output[0]))
+
     hooks = [
         layer.register_forward_hook(lambda module, inputs, output: left.append(output))
         for layer in model.model.layers
     ]
+    sides = [layer.side for layer in model.model.layers if hasattr(layer, "side")]
+    hooks += [side.register_forward_hook(watch) for side in sides]
     output = model(
         input_ids,
         memory=memory,
@@ -64,8 +87,18 @@ def read_segment(model, input_ids, memory, start):
     for hook in hooks:
         hook.remove()
     has_summary = model.config.model_type == "melodi"
-    us = [result[1].flatten(1, 2) for result in left] if has_summary else []
+    us = [result[1].flatten(1, 2) for result in left] if has_summary else beside
     return output, [result[0] for result in left], us
+
+
+def named_layers(prefix, sizes, xs, beside):
+    """What left the layers, by the names of the JAX code."""
+    named = {f"{prefix}/layer{i}/xs": x for i, x in enumerate(xs)}
+    if "memory_layer_indices" not in sizes:
+        return named | {f"{prefix}/layer{i}/us": u for i, u in enumerate(beside)}
+    (behind,) = sizes["memory_layer_indices"]
+    x, y = beside
+    return named | {f"{prefix}/layer{behind}/xs": x, f"{prefix}/side_layer/xs": y}
 
 
 def gradients(model):
@@ -81,21 +114,20 @@ def measure(path, model=None, segments=None, with_gradients=True):
     """Read all segments of a golden file, or the first -> each tensor's largest difference."""
     golden, sizes = read_golden(path)
     model = model or melodi_hf.from_meliad(path)
-    memory, differences = None, {}
+    memory, differences, tokens_given = None, {}, 0
     for segment in range(segments or sizes["num_segments"]):
         inputs = f"inputs/seg{segment}"
         ids, start = golden[f"{inputs}/input_ids"], golden[f"{inputs}/start_of_sequence"]
         output, xs, us = read_segment(model, ids, memory, start)
-        memory = output.memory
+        memory, tokens_given = output.memory, tokens_given + ids.shape[1]
         found = {
             f"outputs/seg{segment}/logits": output.logits,
             f"outputs/seg{segment}/final_hidden": output.hidden_states[-1],
             f"loss/seg{segment}/mean_cross_entropy": output.loss,
         }
-        found |= {f"layers/seg{segment}/layer{i}/xs": x for i, x in enumerate(xs)}
-        found |= {f"layers/seg{segment}/layer{i}/us": u for i, u in enumerate(us)}
+        found |= named_layers(f"layers/seg{segment}", sizes, xs, us)
         state = [name for name in golden if name.startswith(f"state/seg{segment}/")]
-        found |= {name: held(memory, name, model.config.window_length) for name in state}
+        found |= {name: held(memory, name, model.config, tokens_given) for name in state}
         prefix = "grads" if segment == 0 else f"grads_seg{segment}"
         if with_gradients and f"{prefix}/embed/embedding" in golden:
             model.zero_grad()

@@ -14,6 +14,7 @@ from melodi_hf import (
     MelodiCache,
     MelodiConfig,
     MelodiForCausalLM,
+    MemorizingTransformerConfig,
     TransformerXLConfig,
 )
 from melodi_hf.models.costs import decoding_bytes, forward_flops, held_bytes, training_flops
@@ -66,6 +67,17 @@ def test_logits_of_the_paper_row_cost_66_megaflops_per_token():
 def test_transformer_xl_costs_327_megaflops_per_token():
     per_token = forward_flops(TransformerXLConfig(), 4096, with_logits=False) / 4096
     assert per_token / 1e6 == pytest.approx(327.2, abs=0.05)
+
+
+def test_dense_memory_of_the_comparison_costs_629_megaflops_per_token():
+    """327.2 of the stack, 268.4 of the memory, 25.2 of the side layer, 8.4 of the segment in it."""
+    side = {"placement": "side", "retrieval": "dense", "segment_windows": 8}
+    config = MemorizingTransformerConfig(**side)
+    per_token = forward_flops(config, 4096, with_logits=False) / 4096
+    assert per_token / 1e6 == pytest.approx(327.2 + 268.4 + 25.2 + 8.4, abs=0.1)
+    nearest = MemorizingTransformerConfig(**side | {"retrieval": "top_k"})
+    fewer = forward_flops(nearest, 4096, with_logits=False) / 4096
+    assert per_token - fewer == 2 * (65536 - 32) * 1024  # their values are not read
 
 
 def test_training_costs_three_times_reading():

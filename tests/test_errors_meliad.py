@@ -104,3 +104,12 @@ def test_parameter_that_is_not_a_number(tmp_path):
 
     with pytest.raises(ValueError, match="embed"):
         melodi_hf.from_meliad(rewritten(tmp_path / "spoiled.safetensors", spoil))
+
+
+def test_side_layer_that_cannot_be_read(tmp_path):
+    source, path = SOURCE.with_name("memorizing_dense.safetensors"), tmp_path / "two.safetensors"
+    with safe_open(source, "pt") as file:
+        sizes = json.loads(file.metadata()["config"]) | {"memory_layer_indices": [0, 1]}
+    save_file(load_file(source), path, metadata={"config": json.dumps(sizes)})
+    with pytest.raises(ValueError, match=r"memory_layer_indices are \[0, 1\] .*one side layer"):
+        melodi_hf.from_meliad(path)

@@ -66,6 +66,7 @@ def kind(name):
         "bias": "zero",
         "summary_embeddings": "token",
         "gate": "token",
+        "combination": "zero",
         "proj": "kernel",
         "mix": "kernel",
     }

@@ -7,6 +7,7 @@ from melodi_hf import (
     CompressiveTransformerConfig,
     ElasticMemoryConfig,
     MelodiConfig,
+    MemorizingTransformerConfig,
     TransformerXLConfig,
 )
 
@@ -44,6 +45,15 @@ TRANSFORMER_XL = {
 BLOCK_RECURRENT = {
     "12 layers": ((12, 1024, 512, (9,)), 13_107_200, "13.1M"),
     "24 layers": ((24, 1024, 512, (9, 19)), 26_214_400, "26.2M"),  # printed nowhere
+}
+MEMORIZING = {  # 65,536 tokens in one layer
+    "12 layers": ((12, 1024, 512), 146_800_640, "146.8M"),
+    "13 layers": ((13, 1024, 512), 147_849_216, "147.8M"),
+    "24 layers": ((24, 1024, 512), 159_383_552, "159.4M"),
+    "36 layers": ((36, 1024, 512), 171_966_464, "172.0M"),
+    "16 wide layers": ((16, 1536, 512), 226_492_416, "226.5M"),
+    "windows of 1024": ((12, 1024, 1024), 159_383_552, "159.4M"),
+    "windows of 2048": ((12, 1024, 2048), 184_549_376, "184.5M"),
 }
 
 
@@ -87,12 +97,27 @@ def block_recurrent(layers, channels, window, recurrent):
     )
 
 
+def memorizing(layers, channels, window):
+    return MemorizingTransformerConfig(
+        num_hidden_layers=layers,
+        hidden_size=channels,
+        intermediate_size=4 * channels,
+        num_attention_heads=channels // 128,
+        head_dim=128,
+        window_length=window,
+        memory_length=TOKENS,
+    )
+
+
 ROWS = [pytest.param(melodi, *row, id=f"MELODI, {name}") for name, row in MELODI.items()]
 ROWS += [
     pytest.param(transformer_xl, *row, id=f"XL, {name}") for name, row in TRANSFORMER_XL.items()
 ]
 ROWS += [
     pytest.param(block_recurrent, *row, id=f"BRT, {name}") for name, row in BLOCK_RECURRENT.items()
+]
+ROWS += [
+    pytest.param(memorizing, *row, id=f"Memorizing, {name}") for name, row in MEMORIZING.items()
 ]
 
 
@@ -162,3 +187,9 @@ def test_elastic_memory_holds_its_coefficients_however_long_its_blocks(order, fl
     assert one.memory_floats() == 2 * order * 1024
     sliding = ElasticMemoryConfig(memory_order=order, other_layers="sliding")
     assert sliding.memory_floats() == floats + 8 * 2 * 2048 * 1024
+
+
+def test_neither_the_place_nor_the_way_of_looking_changes_the_size_of_a_memory():
+    sizes = {"memory_length": TOKENS, "segment_windows": 8}
+    side = MemorizingTransformerConfig(placement="side", retrieval="dense", **sizes)
+    assert side.memory_floats() == memorizing(12, 1024, 512).memory_floats()

@@ -36,6 +36,7 @@ def named(sizes):
 
 COLUMNS = ("pg19_meena", "pg19_t5", "pg19_custom", "arxiv_meena", "arxiv_custom", "c4_custom")
 # floats; perplexities of 12 layers (poster), of 13 (arXiv 2410.03156v1)
+MEMORIZING = "memorizing_transformer"
 MAIN = {
     None: (
         12_582_912,
@@ -62,18 +63,54 @@ MAIN = {
         (8.47, 11.12, 12.11, 2.27, 2.73, 18.27),
         (8.30, 10.98, 11.90, 2.26, 2.70, 17.82),
     ),
+    MEMORIZING: (
+        146_800_640,
+        (8.15, 10.74, 11.68, 2.15, 2.57, 17.88),
+        (8.07, 10.62, 11.53, 2.14, 2.56, 17.37),
+    ),
 }
-# layers, width: floats and perplexity of Transformer-XL, S128+L64, S192+L96
+# layers, width: floats and perplexity of Transformer-XL, S128+L64, S192+L96, Memorizing Transformer
 MODEL_SCALING = {
-    (24, 1024): ((25_165_824, 10.15), (19_922_944, 9.30), (29_884_416, 9.16)),
-    (36, 1024): ((37_748_736, 9.61), (21_495_808, 8.81), (32_243_712, 8.70)),
-    (16, 1536): ((25_165_824, 9.69), (28_311_552, 8.89), (42_467_328, 8.79)),
+    (24, 1024): (
+        (25_165_824, 10.15),
+        (19_922_944, 9.30),
+        (29_884_416, 9.16),
+        (159_383_552, 9.45),
+    ),
+    (36, 1024): (
+        (37_748_736, 9.61),
+        (21_495_808, 8.81),
+        (32_243_712, 8.70),
+        (171_966_464, 8.92),
+    ),
+    (16, 1536): (
+        (25_165_824, 9.69),
+        (28_311_552, 8.89),
+        (42_467_328, 8.79),
+        (226_492_416, 9.01),
+    ),
 }
-# segment, window: the same of Transformer-XL, S:W = 1:4 with L:W = 1:8, S:W = 3:8 with L:W = 3:16
+# segment, window: the same of Transformer-XL, S:W = 1:4 with L:W = 1:8, S:W = 3:8 with L:W = 3:16,
+# Memorizing Transformer
 WINDOW_SCALING = {
-    (4096, 1024): ((25_165_824, 11.26), (19_922_944, 10.47), (29_884_416, 10.36)),
-    (8192, 1024): ((25_165_824, 11.18), (19_922_944, 10.27), (29_884_416, 10.19)),
-    (8192, 2048): ((50_331_648, 10.94), (23_068_672, 10.20), (34_603_008, 10.10)),
+    (4096, 1024): (
+        (25_165_824, 11.26),
+        (19_922_944, 10.47),
+        (29_884_416, 10.36),
+        (159_383_552, 10.64),
+    ),
+    (8192, 1024): (
+        (25_165_824, 11.18),
+        (19_922_944, 10.27),
+        (29_884_416, 10.19),
+        (159_383_552, 10.42),
+    ),
+    (8192, 2048): (
+        (50_331_648, 10.94),
+        (23_068_672, 10.20),
+        (34_603_008, 10.10),
+        (184_549_376, 10.38),
+    ),
 }
 
 
@@ -83,12 +120,16 @@ def rows_of_the_tables():
         for column, perplexity in zip(COLUMNS, poster, strict=True):
             rows[f"main/{named(sizes)}_{column}"] = Row(floats, perplexity, sizes, column=column)
     for (layers, width), cells in MODEL_SCALING.items():
-        for sizes, cell in zip((None, (128, 64), (192, 96)), cells, strict=True):
+        for sizes, cell in zip(
+            (None, (128, 64), (192, 96), "memorizing_transformer"), cells, strict=True
+        ):
             name = f"model_scaling/{named(sizes)}_{layers}x{width}"
             rows[name] = Row(*cell, sizes, layers, width)
     for (segment, window), cells in WINDOW_SCALING.items():
         quarter, three_eighths = (window // 4, window // 8), (3 * window // 8, 3 * window // 16)
-        for sizes, cell in zip((None, quarter, three_eighths), cells, strict=True):
+        for sizes, cell in zip(
+            (None, quarter, three_eighths, "memorizing_transformer"), cells, strict=True
+        ):
             name = f"window_scaling/{named(sizes)}_{segment}_{window}"
             rows[name] = Row(*cell, sizes, window=window, segment=segment)
     return {**rows, "melodi_s128_l64_13x1024": Row(18_481_152, 10.95, (128, 64), layers=13)}
@@ -115,7 +156,7 @@ def test_every_row_and_column_has_its_recipe_and_there_are_no_others():
     files = (CONFIGURATION / "paper").rglob("*.*")
     found = {file.relative_to(CONFIGURATION / "paper").as_posix() for file in files}
     assert found == {f"{name}.yaml" for name in ROWS}
-    assert len(found) == len(MAIN) * 6 + 3 * 3 + 3 * 3 + 1
+    assert len(found) == len(MAIN) * 6 + 3 * 4 + 3 * 4 + 1
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -144,6 +185,9 @@ def test_recipe_is_its_row(name):
         assert (config.gate, config.gate_configuration) == ("fixed", "skip")
         assert config.state_reads_previous_window
         return
+    if row.sizes == MEMORIZING:
+        assert_released_memory(config, row)
+        return
     short, long = row.sizes
     assert config.model_type == "melodi"
     assert (config.num_summary_tokens, config.num_short_memory_tokens) == (short, short)
@@ -153,6 +197,16 @@ def test_recipe_is_its_row(name):
     )
     assert list(config.long_memory_layers) == [row.layers // 2]
     assert config.mix_tokens
+
+
+def assert_released_memory(config, row):
+    """Dense attention in a side layer, over what came before a segment and the segment itself."""
+    assert config.model_type == "memorizing_transformer"
+    assert (config.memory_length, config.memory_layer) == (COVERED, row.layers // 2)
+    assert (config.placement, config.side_residual) == ("side", "double")
+    assert (config.retrieval, config.memory_combination) == ("dense", "joint")
+    assert config.segment_windows * config.window_length == row.segment
+    assert config.mlp_bias
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -16,14 +16,24 @@ from melodi_hf import (
     BlockRecurrentForCausalLM,
     MelodiConfig,
     MelodiForCausalLM,
+    MemorizingTransformerConfig,
+    MemorizingTransformerForCausalLM,
     TransformerXLConfig,
     TransformerXLForCausalLM,
 )
-from melodi_hf.models import attention, loss
+from melodi_hf.models import attention, loss, retrieval
 from melodi_hf.models.meliad import to_meliad
 
-from .parity_report import golden_files, gradients, held, measure, read_golden, read_segment
-from .references import block_recurrent, blocks, melodi, transformer_xl
+from .parity_report import (
+    golden_files,
+    gradients,
+    held,
+    measure,
+    named_layers,
+    read_golden,
+    read_segment,
+)
+from .references import block_recurrent, blocks, melodi, memorizing_transformer, transformer_xl
 
 TOLERANCE = 1e-5  # absolute, float32; the JAX code, compiled or not, differs from itself by 3e-6
 EVERY_GOLDEN_FILE = pytest.mark.parametrize("path", golden_files(), ids=lambda path: path.stem)
@@ -65,12 +75,40 @@ CHANGES = {
 
 TINY_BLOCK_RECURRENT = TINY | {"recurrent_layers": (1,), "num_state_vectors": 3}
 GATED = [(gate, how) for gate in ("fixed", "lstm", "full") for how in ("skip", "single", "dual")]
+TINY_MEMORIZING = TINY | {"memory_layer": 0, "memory_length": 6, "num_retrieved": 3}
+SIDE = {
+    "placement": "side",
+    "retrieval": "dense",
+    "memory_combination": "joint",
+    "segment_windows": 2,
+    "mlp_bias": True,
+}
+# Not all combinations: each choice with either of the others once.
+MEMORIZING = {
+    "nearest, gate": {},
+    "nearest, joint": {"memory_combination": "joint"},
+    "all, gate": {"retrieval": "dense"},
+    "all, joint": {"retrieval": "dense", "memory_combination": "joint"},
+    "window without positions": {"memory_layer_position_bias": False},
+    "all, joint, without positions": {
+        "retrieval": "dense",
+        "memory_combination": "joint",
+        "memory_layer_position_bias": False,
+    },
+    "side": SIDE,
+    "side, nearest": SIDE | {"retrieval": "top_k"},
+    "side, gate": SIDE | {"memory_combination": "gate", "side_residual": "single"},
+    "side, nearest, gate": SIDE | {"memory_combination": "gate", "retrieval": "top_k"},
+    "side, memory of many segments": SIDE | {"memory_length": 24},
+    "side, last layer": SIDE | {"memory_layer": 1, "memory_length": 8},
+}
 
-
-def twin_of(path):
-    """The naive twin of a golden file's model."""
-    twins = {"block_recurrent": block_recurrent, "transformer_xl": transformer_xl}
-    return next((twin for name, twin in twins.items() if path.stem.startswith(name)), melodi)
+TWINS = {
+    "melodi": melodi,
+    "transformer": transformer_xl,
+    "block": block_recurrent,
+    "memorizing": memorizing_transformer,
+}
 
 
 @EVERY_GOLDEN_FILE
@@ -81,7 +119,9 @@ def test_model_equals_the_released_code(path):
     assert {name: d for name, d in differences.items() if not d <= TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("case", ["melodi_base", "transformer_xl", "block_recurrent"])
+@pytest.mark.parametrize(
+    "case", ["melodi_base", "transformer_xl", "block_recurrent", "memorizing_dense"]
+)
 def test_a_change_of_any_parameter_is_noticed(case):
     path = next((path for path in golden_files() if path.stem == case), None)
     if path is None:
@@ -103,7 +143,7 @@ def test_a_change_of_any_parameter_is_noticed(case):
 @EVERY_GOLDEN_FILE
 def test_twin_equals_the_released_code(path):
     golden, sizes = read_golden(path)
-    twin = twin_of(path)
+    twin = TWINS[path.stem.split("_")[0]]
     with_gradients = "single_window" in path.stem or twin is not melodi
     parameters = {
         name.removeprefix("params/"): tensor.double().requires_grad_(with_gradients)
@@ -120,9 +160,7 @@ def test_twin_equals_the_released_code(path):
         found = {f"state/seg{segment}/{name}": value for name, value in state.items()}
         found[f"outputs/seg{segment}/logits"] = output["logits"]
         found[f"outputs/seg{segment}/final_hidden"] = output["hidden"]
-        for kind in ("xs", "us"):
-            for i, value in enumerate(output[kind]):
-                found[f"layers/seg{segment}/layer{i}/{kind}"] = value
+        found |= named_layers(f"layers/seg{segment}", sizes, output["xs"], output["us"])
         for name in found.keys() & golden.keys():
             differences[name] = (found[name] - golden[name][rows]).abs().max().item()
         if with_gradients and f"{grads}/embed/embedding" in golden:
@@ -159,6 +197,16 @@ def test_melodi_that_does_not_see_empty_memory_equals_its_twin(change):
 def test_transformer_xl_equals_its_twin(mask_empty_memory, lengths):
     config = TransformerXLConfig(**TINY, mask_empty_memory=mask_empty_memory)
     assert_equal(random_model(TransformerXLForCausalLM, config), transformer_xl, lengths)
+
+
+@pytest.mark.parametrize("mask_empty_memory", [False, True], ids=["zeros attended", "zeros masked"])
+@pytest.mark.parametrize("change", MEMORIZING)
+@pytest.mark.usefixtures("float64")
+def test_memorizing_transformer_equals_its_twin(change, mask_empty_memory):
+    sizes = TINY_MEMORIZING | MEMORIZING[change] | {"mask_empty_memory": mask_empty_memory}
+    config = MemorizingTransformerConfig(**sizes)
+    model = random_model(MemorizingTransformerForCausalLM, config)
+    assert_equal(model, memorizing_transformer)
 
 
 @pytest.mark.usefixtures("float64")
@@ -264,6 +312,7 @@ def float64(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
     monkeypatch.setattr(loss, "CHUNK", 2 * TINY["vocab_size"])
+    monkeypatch.setattr(retrieval, "BLOCK", 80)
 
 
 def random_model(model_class, config):
@@ -281,13 +330,14 @@ def assert_equal(model, twin, lengths=(8, 8, 8)):
     parameters = to_meliad(dict(model.named_parameters()), model.config)
     parameters = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
     sizes, masked = sizes_of(model.config), model.config.mask_empty_memory
-    memory, state = None, {}
+    memory, state, tokens_given = None, {}, 0
     for segment, length in enumerate(lengths):
         ids = torch.randint(model.config.vocab_size, (2, length))
         start = torch.tensor([segment == 0, segment in (0, 2)])
         output, xs, us = read_segment(model, ids, memory, start)
         twins = blocks.read_segment(twin, parameters, sizes, state, ids, start, masked)
         memory, state = output.memory, {name: t.detach() for name, t in twins["state"].items()}
+        tokens_given += length
         names = [name for name, t in state.items() if name.endswith("_test") and t.numel()]
         model.zero_grad()
         output.loss.backward()
@@ -299,7 +349,7 @@ def assert_equal(model, twin, lengths=(8, 8, 8)):
             (xs, twins["xs"]),
             (us, twins["us"]),
             (
-                [held(memory, name, model.config.window_length) for name in names],
+                [held(memory, name, model.config, tokens_given) for name in names],
                 [state[name] for name in names],
             ),
             (output.loss, entropy),
@@ -333,6 +383,17 @@ def sizes_of(config):
             "recurrent_num_states": config.num_state_vectors,
             "gate_config": config.gate_configuration,
             "state_reads_previous_window": config.state_reads_previous_window,
+        }
+    if isinstance(config, MemorizingTransformerConfig):
+        sizes |= {
+            "memory_size": config.memory_length,
+            "memory_layer_indices": [config.memory_layer],
+            "placement": config.placement,
+            "retrieval": config.retrieval,
+            "num_retrieved": config.num_retrieved,
+            "memory_combination": config.memory_combination,
+            "position_bias": config.memory_layer_position_bias,
+            "side_residual": config.side_residual,
         }
     return sizes
 

@@ -27,6 +27,7 @@ SYSTEMS = {
     "compressive_transformer": "CompressiveTransformer",
     "block_recurrent": "BlockRecurrent",
     "elastic_memory": "ElasticMemory",
+    "memorizing_transformer": "MemorizingTransformer",
 }
 IDS = torch.arange(1, 22)[None] * 7 % 61
 

@@ -80,6 +80,14 @@ CITATIONS = {
   year = {2026},
   url = {https://arxiv.org/abs/2602.11212}
 }""",
+    "memorizing_transformer": """
+@inproceedings{wu2022memorizing,
+  title = {Memorizing Transformers},
+  author = {Wu, Yuhuai and Rabe, Markus N. and Hutchins, DeLesley and Szegedy, Christian},
+  booktitle = {International Conference on Learning Representations},
+  year = {2022},
+  url = {https://arxiv.org/abs/2203.08913}
+}""",
 }
 
 SNIPPET = """\
@@ -243,6 +251,10 @@ def memory_kinds(config: PreTrainedConfig) -> list[tuple[str, str, int]]:
         name = f"state, {vectors} vectors in {layers} of {config.num_hidden_layers} layers"
         kinds = [("keys and values", exact, total - state), (name, reach, state)]
         return kinds if layers else kinds[:1]
+    if config.model_type == "memorizing_transformer":
+        remembered = 2 * config.memory_length * config.num_attention_heads * config.head_dim
+        memory = ("remembered keys and values", f"{config.memory_length:,} tokens", remembered)
+        return [("keys and values", exact, total - remembered), memory]
     if config.model_type != "melodi":
         system = read_systems()[config.model_type]
         return [(system.memory, system.reaches.format(config=config), total)]

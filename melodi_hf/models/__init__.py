@@ -10,6 +10,7 @@ Shapes are written in one alphabet:
 Read in this order: `position`, `attention`, `windows` (how a call falls into windows), `decoder`
 (the skeleton that all share), `modeling_melodi`, `sliding_window` (the layer of the Transformer-XL,
 which others build on), `modeling_transformer_xl`, `modeling_block_recurrent`, `compression` and
-`modeling_compressive_transformer`, `legs` and `modeling_elastic_memory`, then `cache` (the memory
-during generation), `costs` (what it all costs) and `meliad` (parity with the released code).
+`modeling_compressive_transformer`, `legs` and `modeling_elastic_memory`, `retrieval`, `past` and
+`modeling_memorizing_transformer` (a memory of tokens as they were), then `cache` (the memory during
+generation), `costs` (what it all costs) and `meliad` (parity with the released code).
 """

@@ -168,7 +168,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.temperature = Temperature(config.num_attention_heads)
-        self.position = RelativePosition(config)
+        self.position: nn.Module = RelativePosition(config)
         self.dropout = config.attention_dropout
         self.config = config  # whose implementation of attention may be changed later
         self.with_empty = hide_empty if config.mask_empty_memory else keep_empty

@@ -12,6 +12,7 @@ from .configuration_block_recurrent import BlockRecurrentConfig
 from .configuration_compressive_transformer import CompressiveTransformerConfig
 from .configuration_elastic_memory import ElasticMemoryConfig
 from .configuration_melodi import MelodiConfig
+from .configuration_memorizing_transformer import MemorizingTransformerConfig
 from .configuration_plain_transformer import PlainTransformerConfig
 from .configuration_transformer_xl import TransformerXLConfig
 
@@ -122,6 +123,22 @@ def _(config: ElasticMemoryConfig, num_tokens, queue_filled=None):
     return products + remembering * with_memory
 
 
+@body_products.register
+def _(config: MemorizingTransformerConfig, num_tokens, queue_filled=None):
+    per_token = _projections(config) + 2 * _heads(config) * config.window_length
+    layers = config.num_hidden_layers * num_tokens * per_token
+    entries = config.memory_length if queue_filled is None else queue_filled
+    # Every entry is scored; the values are read of those that are attended to.
+    read = min(entries, config.num_retrieved) if config.retrieval == "top_k" else entries
+    far = num_tokens * _heads(config) * (entries + read)
+    if config.placement == "in_stack":
+        return layers + far
+    segments, rest = divmod(num_tokens, config.segment_windows * config.window_length)
+    length = config.segment_windows * config.window_length
+    pairs = segments * _pairs_within(length, length) + _pairs_within(rest, length)
+    return layers + far + num_tokens * _projections(config) + pairs * 2 * _heads(config)
+
+
 def _pairs_within(tokens, furthest):
     # Pairs of tokens, one strictly before the other, at most `furthest` apart.
     beginning = min(tokens, furthest)
@@ -176,7 +193,8 @@ def _projections(config):  # of one row through one layer
 
 def weight_bytes(config, bytes_per_number) -> int:
     """Bytes of the weights that one token needs: matrices of all layers and the head."""
-    layers = config.num_hidden_layers * _projections(config)
+    side = getattr(config, "placement", None) == "side"
+    layers = (config.num_hidden_layers + side) * _projections(config)
     return (layers + config.hidden_size * config.vocab_size) * bytes_per_number
 
 
@@ -221,6 +239,14 @@ def _(config: ElasticMemoryConfig, bytes_per_number):
     return (
         2 * _heads(config) * (slots * bytes_per_number + remembering * config.memory_order * exact)
     )
+
+
+@held_bytes.register
+def _(config: MemorizingTransformerConfig, bytes_per_number):
+    tokens = config.num_hidden_layers * 2 * config.window_length + config.memory_slots
+    if config.placement == "side":
+        tokens += config.window_length  # the open window of the side layer
+    return tokens * 2 * _heads(config) * bytes_per_number
 
 
 @singledispatch

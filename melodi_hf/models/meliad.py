@@ -13,9 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from .configuration_block_recurrent import BlockRecurrentConfig
 from .configuration_melodi import MelodiConfig
+from .configuration_memorizing_transformer import MemorizingTransformerConfig
 from .configuration_transformer_xl import TransformerXLConfig
 from .modeling_block_recurrent import BlockRecurrentForCausalLM
 from .modeling_melodi import MelodiForCausalLM
+from .modeling_memorizing_transformer import MemorizingTransformerForCausalLM
 from .modeling_transformer_xl import TransformerXLForCausalLM
 from .refusals import refuse_infinite_weights
 
@@ -86,6 +88,7 @@ CONTENT_GATES = {
     "lstm": {"forget": "forget_gate", "input": "input_gate"},
     "full": {"forget": "gate_layer"},
 }
+GATES = (("gate", "attn_gate"), ("memory_reader.combination.weight", "attn_gate"))
 OUTSIDE_LAYERS = (
     ("model.embed_tokens.weight", "embed/embedding"),
     ("model.norm.weight", "layer_stack/final_layernorm/scale"),
@@ -138,14 +141,16 @@ def from_names(config):
     """Our parameter names -> those of the released code, for all parameters of a model."""
     stack = "melodi_layers_{}/melodi_layer/" if config.model_type == "melodi" else "transformer{}/"
     names = dict(OUTSIDE_LAYERS)
+    inner = (*ATTENTION, *FEED_FORWARD[config.mlp_bias], *MIXERS, *GATES)
+    if config.model_type == "block_recurrent":
+        inner += (*STATE, *_update_names(config))
     for i in range(config.num_hidden_layers):
-        prefix = "layer_stack/" + stack.format(i)
-        inner = (*ATTENTION, *FEED_FORWARD[config.mlp_bias], *MIXERS)
-        names |= {f"model.layers.{i}.{ours}": prefix + theirs for ours, theirs in inner}
-        names[f"model.layers.{i}.gate"] = prefix + "attn_gate"
-        if config.model_type == "block_recurrent":
-            inner = (*STATE, *_update_names(config))
-            names |= {f"model.layers.{i}.{ours}": prefix + theirs for ours, theirs in inner}
+        layers = ("", stack.format(i)), ("side.", "side_layer/")
+        names |= {
+            f"model.layers.{i}.{part}{ours}": f"layer_stack/{prefix}{theirs}"
+            for part, prefix in layers
+            for ours, theirs in inner
+        }
     if config.model_type == "block_recurrent":  # another class of the released code
         names = {ours: _without_stack(theirs) for ours, theirs in names.items()}
     with torch.device("meta"):
@@ -198,13 +203,15 @@ def _build(sizes, weights, path):
     if any(name.startswith("transformer0/") for name in weights):
         return BlockRecurrentForCausalLM(_block_recurrent_config(sizes, weights))
     layers = [name for name in weights if name.startswith("layer_stack/transformer")]
-    foreign = [name for name in weights if "side_layer" in name or "recurrent" in name]
+    foreign = [name for name in weights if "recurrent" in name]
     if not layers or foreign:
         raise ValueError(
             f"{path} holds a system that this library does not have (parameters such as "
-            f"{(foreign or sorted(weights))[0]}): MELODI, Transformer-XL and Block-Recurrent "
-            f"Transformers can be read"
+            f"{(foreign or sorted(weights))[0]}): MELODI, Transformer-XL, Block-Recurrent and "
+            f"Memorizing Transformers of dense attention can be read"
         )
+    if any(name.startswith("layer_stack/side_layer/") for name in weights):
+        return MemorizingTransformerForCausalLM(_memorizing_config(sizes, weights, path))
     return TransformerXLForCausalLM(_transformer_xl_config(sizes, weights))
 
 
@@ -263,11 +270,37 @@ def _block_recurrent_config(sizes, weights):
     )
 
 
+def _memorizing_config(sizes, weights, path):
+    length, window = sizes["segment_length"], sizes["window_length"]
+    # As with other layers, indices that do not exist are ignored.
+    behind = [i for i in sizes["memory_layer_indices"] if i in range(sizes["num_layers"])]
+    if len(behind) != 1 or length % window:
+        raise ValueError(
+            f"{path}: memory_layer_indices are {sizes['memory_layer_indices']} of "
+            f"{sizes['num_layers']} layers and segments have {length} tokens: one side layer, and "
+            f"segments of whole windows of {window}, can be read"
+        )
+    return MemorizingTransformerConfig(
+        memory_length=sizes["memory_size"],
+        memory_layer=behind[0],
+        segment_windows=length // window,
+        placement="side",
+        retrieval="dense",
+        memory_combination="joint",
+        side_residual="double",
+        **_shared_sizes(sizes, weights),
+    )
+
+
 def _transposed(name, tensor):
     return tensor.T if tensor is not None and name.endswith("kernel") else tensor
 
 
 def _model_class(config):
-    if config.model_type == "block_recurrent":
-        return BlockRecurrentForCausalLM
-    return MelodiForCausalLM if config.model_type == "melodi" else TransformerXLForCausalLM
+    classes = (
+        MelodiForCausalLM,
+        TransformerXLForCausalLM,
+        BlockRecurrentForCausalLM,
+        MemorizingTransformerForCausalLM,
+    )
+    return next(c for c in classes if c.config_class.model_type == config.model_type)

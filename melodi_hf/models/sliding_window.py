@@ -58,8 +58,7 @@ class SlidingWindowLayer(DecoderLayer):
         # x: B T D
         packed = plan.pack_tokens(x)
         h = self.dropout(self.input_layernorm(packed))
-        parts = (plan.split(t, 2) for t in self.project(h))
-        attended, memory = self.read_chunks(plan, self.memory_type(*memory), *parts)
+        attended, memory = self.look_back(plan, self.memory_type(*memory), *self.project(h))
         packed = packed + self.self_attn.o_proj(merge_heads(plan.join(attended, 2)))
         packed = packed + self.dropout(self.mlp(self.post_attention_layernorm(packed)))
         # Not parts of longer tensors, which FSDP warns of.
@@ -68,6 +67,10 @@ class SlidingWindowLayer(DecoderLayer):
     def project(self, h):
         """B T D, normalised -> queries, keys and values of its tokens."""
         return self.self_attn.queries(h), *self.self_attn.keys_values(h)
+
+    def look_back(self, plan, memory, *projected):
+        """What each chunk attended to, and the next memory, from `project`'s of packed tokens."""
+        return self.read_chunks(plan, memory, *(plan.split(t, 2) for t in projected))
 
     def figures(self, memory, windows_read):
         """memory_rms: the size of the remembered values' numbers; keys have length one."""

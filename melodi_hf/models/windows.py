@@ -55,6 +55,8 @@ class Chunk:
         self.tokens, self.fill, self.rows = tokens, fill, rows
         self.closes = fill + tokens == window_length
         self.tokens_read, self.window_length = tokens_read, window_length
+        # Which token of its row's in this call is the first of the chunk: the least and the most.
+        self.begins = (0, 0)
         self.forgotten: dict[str, Tensor] = {}  # as in `Progress`, R
         self.snapshots: list | None = None  # of the memory, and
         self.weights: list | None = None  # of attention: layer by layer, if somebody asks
@@ -318,6 +320,7 @@ class Plan:
     def __init__(self, progress, num_columns, window_length):
         self.num_columns = num_columns
         self.chunks = list(self._cut(progress, num_columns, window_length))
+        self.tokens_before = progress.tokens_read  # of each row's document, B
         tokens_read = progress.tokens_read + num_columns
         self.progress = Progress(tokens_read, (progress.fill + num_columns) % window_length)
         self.lanes = tokens_read.shape[0]  # rows of what is packed
@@ -326,7 +329,9 @@ class Plan:
         fill, done = progress.fill, 0
         while done < num_columns:
             tokens = min(window_length - fill, num_columns - done)
-            yield Chunk(tokens, fill, progress.tokens_read + done, window_length)
+            chunk = Chunk(tokens, fill, progress.tokens_read + done, window_length)
+            chunk.begins = (done, done)
+            yield chunk
             fill, done = 0, done + tokens
 
     @property
@@ -357,6 +362,10 @@ class Plan:
 
     def unpack_tokens(self, packed):
         """The way back; columns without a token are zero."""
+        return packed
+
+    def line_up(self, packed, dim):
+        """What was packed along `dim`, as B rows whose tokens precede their padding."""
         return packed
 
     def pack(self, x, summaries):
@@ -416,7 +425,10 @@ class RaggedPlan(Plan):
         self.num_columns, self.chunks, self.progress = mask.shape[1], chunks, progress
         self.sizes = [len(chunk.tokens_read) for chunk in chunks]  # R
         self.batch_size = len(mask)
-        self.gather, self.scatter = _ways(chunks, starts, mask)
+        self.tokens_before = progress.tokens_read - mask.sum(1)
+        # Columns, those of real tokens first, B T.
+        self.real = (~mask).long().argsort(dim=1, stable=True)
+        self.gather, self.scatter = _ways(chunks, starts, self.real)
 
     @property
     def num_closing(self):
@@ -430,6 +442,12 @@ class RaggedPlan(Plan):
     def unpack_tokens(self, packed):
         packed = torch.nn.functional.pad(packed[0], (0, 0, 0, 1))  # a zero row for the padding
         return packed.index_select(0, self.scatter).unflatten(0, (self.batch_size, -1))
+
+    def line_up(self, packed, dim):
+        flat = packed.movedim(dim, 1)
+        columns = self.unpack_tokens(flat.flatten(2))
+        rows = columns.gather(1, self.real[..., None].expand_as(columns))
+        return rows.unflatten(2, flat.shape[2:]).movedim(1, dim)
 
     def split(self, packed, dim, num_summary_tokens=0):
         each = [chunk.tokens + chunk.closes * num_summary_tokens for chunk in self.chunks]
@@ -481,6 +499,7 @@ def plan_rows(progress, fill, mask, window_length):
             chunks.append(Chunk(tokens[0], slots[0], before, window_length, some))
         else:
             chunks.append(ragged_chunk(slots, tokens, before, window_length, some))
+        chunks[-1].begins = (min(first), max(first))
         starts.append(start)
     end = {(p + n) % window_length for p, n in zip(fill, have, strict=True)}
     after = Progress(progress.tokens_read + counts, end.pop() if len(end) == 1 else None)
@@ -541,6 +560,7 @@ def plan_unseen(progress, mask, window_length):
         closes = furthest + num_columns >= (i + 1) * window_length and num_columns > 1
         kind = StepChunk if num_columns == 1 else RaggedChunk
         chunks.append(kind(tokens, fill, count, before, window_length, closes=closes))
+        chunks[-1].begins = (0, num_columns)
         starts.append(taken)
         taken, left, fill = taken + count, left - count, (fill + count)
         if num_columns == 1:
@@ -550,23 +570,23 @@ def plan_unseen(progress, mask, window_length):
     return RaggedPlan(chunks, starts, Progress(progress.tokens_read + taken, None), mask)
 
 
-def _ways(chunks, starts, mask):
+def _ways(chunks, starts, real):
     # Where each packed token comes from (N,), and where each column of the call lies (B*T,): both
     # flat. Slots that a row does not fill come from anywhere; padding lies behind everything.
-    batch_size, columns = mask.shape
-    real = (~mask).long().argsort(dim=1, stable=True)  # columns, those of real tokens first
-    everyone = torch.arange(batch_size, device=mask.device)
+    # real: B T, the columns of each row, those of real tokens first.
+    batch_size, columns = real.shape
+    everyone = torch.arange(batch_size, device=real.device)
     sources, targets = [], []
     for chunk, start in zip(chunks, starts, strict=True):
         rows = (everyone if chunk.rows is None else chunk.rows)[:, None]
-        token = torch.arange(chunk.tokens, device=mask.device)
+        token = torch.arange(chunk.tokens, device=real.device)
         index = (start[:, None] + token).clamp(max=columns - 1)
         source = rows * columns + real[rows, index]
         is_read = token < (chunk.end - chunk.tokens_read)[:, None]
         sources.append(source.flatten())
         targets.append(source.masked_fill(~is_read, batch_size * columns).flatten())
     gather, target = torch.cat(sources), torch.cat(targets)
-    packed = torch.arange(len(gather), device=mask.device)
+    packed = torch.arange(len(gather), device=real.device)
     scatter = packed.new_full((batch_size * columns + 1,), len(gather))
     return gather, scatter.scatter(0, target, packed)[:-1]
 

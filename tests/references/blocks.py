@@ -14,7 +14,8 @@ def read_segment(twin, params, sizes, state, ids, start, mask_empty_memory=False
     before = twin.empty_state(params, sizes, len(ids)) | state
     rows = []
     for row in range(len(ids)):
-        memory = {name: value[row] * (not start[row]) for name, value in before.items()}
+        kept = {name: not start[row] or name == "write_index_read" for name in before}
+        memory = {name: value[row] * kept[name] for name, value in before.items()}
         rows.append(twin.read_row(params, sizes, memory, ids[row], mask_empty_memory))
     *left, states = zip(*rows, strict=True)
     xs, *us = ([torch.stack(layer) for layer in zip(*kind, strict=True)] for kind in left)
