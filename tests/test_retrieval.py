@@ -268,7 +268,8 @@ def test_backward_keeps_the_memory_once_and_nothing_for_each_pair(name):
     )
     config = build(name).config
     entry = 2 * 4 * config.num_attention_heads * config.head_dim + 8  # and the place of it
-    assert long - short == 80 * WINDOW * entry
+    # But for scalars, which may lie where another was before.
+    assert abs(long - short - 80 * WINDOW * entry) < entry
 
 
 @pytest.mark.slow
