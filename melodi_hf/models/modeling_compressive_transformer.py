@@ -51,7 +51,7 @@ from .decoder import (
 )
 from .generation import MemoryGenerationMixin
 from .norm import RMSNorm, mean_size
-from .windows import Chunk
+from .windows import Chunk, slide
 
 
 class CompressiveMemory(NamedTuple):
@@ -237,13 +237,6 @@ class ScaledCompressiveLayer(CompressiveLayer):
 def keep(tensor):
     """With its gradient."""
     return tensor
-
-
-def slide(queue, new, dim):
-    """Append to a queue, and forget the oldest beyond its length."""
-    length = queue.shape[dim]
-    joined = torch.cat((queue.to(new.dtype), new), dim)
-    return joined.narrow(dim, joined.shape[dim] - length, length)
 
 
 class CompressiveTransformerModel(DecoderModel):

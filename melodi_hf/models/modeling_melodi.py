@@ -38,6 +38,7 @@ from .configuration_melodi import MelodiConfig
 from .decoder import DecoderForCausalLM, DecoderLayer, DecoderModel, FeedForward, make_known
 from .generation import MemoryGenerationMixin
 from .norm import RMSNorm, mean_size
+from .windows import slide
 
 
 class MelodiMemory(NamedTuple):
@@ -304,13 +305,6 @@ class LongTermMelodiLayer(MelodiLayer):
             long_keys=push(memory.long_keys, keys, 2),
             long_values=push(memory.long_values, values, 2),
         )
-
-
-def slide(queue, new, dim):
-    """Append to a queue, and forget the oldest beyond its length."""
-    length = queue.shape[dim]
-    joined = torch.cat((queue.to(new.dtype), new), dim)
-    return joined.narrow(dim, joined.shape[dim] - length, length)
 
 
 def join(held, new):

@@ -600,6 +600,13 @@ def banded_bias(by_distance, num_queries, num_keys, like):
     return spread_by_distance(by_distance(distance), num_queries, num_keys)
 
 
+def slide(queue, new, dim):
+    """Append to a queue, and forget the oldest beyond its length."""
+    length = queue.shape[dim]
+    joined = torch.cat((queue.to(new.dtype), new), dim)
+    return joined.narrow(dim, joined.shape[dim] - length, length)
+
+
 def widened(tensor, shape):
     """Zeros behind `tensor` along each axis, up to `shape`."""
     missing = [full - size for full, size in zip(shape, tensor.shape, strict=True)]
