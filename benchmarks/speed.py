@@ -1,38 +1,63 @@
-"""Forward and backward at the reference size against the floor, in one run on this machine.
+"""Each phase against its floor, in one run on this machine: training, prefill, decoding, closing.
 
-    python benchmarks/speed.py [--rounds 5] [--output benchmarks/results/speed.json] [--tiny]
+    python benchmarks/speed.py [--sizes reference paper] [--threads 1] [--device cpu]
+        [--output benchmarks/results/speed.json] [--tiny]
 
-The floor is the time that the matrix products of the model must take: their FLOPs (pairs that see
-each other, `melodi_hf.models.costs`) over the matmul rate that this machine reached just before and
-just after. Rounds alternate between the parts, and medians are reported, since a machine
-with other work on it is slower from one minute to the next. The queue is full, as it is after
-65 536 tokens, so that nothing is saved by its being empty.
+The floor is the time that a phase must take: its FLOPs (pairs that see each other) over the rate of
+matrix products, or its bytes over the rate of reading as many (`melodi_hf.models.costs`,
+`benchmarks/floor.py`). Rates are measured before and after each measurement, rounds alternate
+between the phases, and medians are reported. The queue is full, so that nothing is saved by its
+being empty.
+
+    training step        forward and backward of one segment, all logits and the loss; no update
+    prefill              one segment through the cache, the last logits only
+    decoding step        one token of one row: its weights and memory must be read once
+    closing a window     by how much the token that fills a window takes longer than the median
+
+Then two comparisons of a token's latency after 4 000 tokens and after 1 000 000, token by token in
+turn, over a whole window. At a small width both documents are really read. At the reference size
+4 000 tokens are; the other state is a copy with every slot of the queue filled and the count of
+tokens set to 1 000 000.
 """
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
 import sys
-import time
 from pathlib import Path
-
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
-
-import torch
-from tqdm import tqdm
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from melodi_hf import MelodiConfig, MelodiForCausalLM
-from melodi_hf.models.costs import forward_flops, training_flops
+from benchmarks.floor import Machine, in_a_process_of_its_own, write  # sets threads up before torch
+
+import torch  # isort: skip
+from tqdm import tqdm
+
+from benchmarks.read_million import SMALL, drawn
+from melodi_hf import MelodiCache, MelodiConfig, MelodiForCausalLM
+from melodi_hf.models.costs import closing_flops, decoding_bytes, forward_flops, training_flops
 from melodi_hf.models.decoder import Memory
 from melodi_hf.models.windows import Progress
 
 SEGMENT = 4096  # tokens
+DOCUMENTS = 4_000, 1_000_000  # tokens read before latencies are compared
+TINY = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "window_length": 32,
+    "num_summary_tokens": 8,
+    "num_short_memory_tokens": 8,
+    "long_memory_layers": (1,),
+    "num_long_memory_tokens": 4,
+    "long_memory_windows": 16,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 
 
 def reference_config():
@@ -55,59 +80,254 @@ def reference_config():
     )
 
 
+class Size(NamedTuple):
+    """A configuration, and how much of it is measured."""
+
+    config: MelodiConfig
+    segment: int  # tokens
+    rounds: int
+    decoded: int  # tokens of a round, the last of which fills its window
+    trains: bool
+
+
+def sizes(tiny, is_cuda):
+    """By name. The paper's training step takes minutes and 10 GB on a CPU: it is left to GPUs."""
+    if tiny:
+        return {"tiny": Size(MelodiConfig(**TINY), 128, 2, 16, True)}
+    paper = MelodiConfig(dropout=0.0, attention_dropout=0.0)
+    return {
+        "reference": Size(reference_config(), SEGMENT, 4, 128, True),
+        "paper": Size(paper, SEGMENT, 7 if is_cuda else 2, 64, is_cuda),
+    }
+
+
+def build(config, machine):
+    torch.manual_seed(0)
+    with machine.device:
+        return MelodiForCausalLM(config).to(machine.dtype).eval()
+
+
+def draw(config, tokens, machine):
+    return torch.randint(0, config.vocab_size, (1, tokens), device=machine.device)
+
+
 def full_memory(model):
     """A memory as after reading as many windows as the queue holds: every slot is filled."""
     config, empty = model.config, model.model.empty_memory(1)
     layers = tuple(type(held)(*(torch.randn_like(t) for t in held)) for held in empty.layers)
     tokens = config.long_memory_windows * config.window_length
-    return Memory(layers, Progress(torch.tensor([tokens]), 0))
+    return Memory(layers, Progress(torch.tensor([tokens], device=model.device), 0))
 
 
-def matmul_rate(size, seconds):
-    """FLOPs per second of float32 products of `size` x `size`, the median over `seconds`."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times)
+@torch.inference_mode()
+def read(model, ids, cache):
+    """The whole row in one call; the logits of its last token."""
+    return model(ids, past_key_values=cache, logits_to_keep=1).logits
 
 
-def parts(model, ids):
-    """What is measured: name -> (a function that does it once, its FLOPs)."""
-    memory = full_memory(model)
+def filled(cache, tokens):
+    """Another cache like this one, which says that it has read `tokens`, as many tokens into a
+    window or not, and whose queues hold something in every slot."""
+    twin = cache.clone()
+    for layer in twin.layers:
+        keys = torch.randn_like(layer.memory.long_keys)
+        layer.memory = layer.memory._replace(
+            long_keys=torch.nn.functional.normalize(keys, dim=-1),
+            long_values=torch.randn_like(layer.memory.long_values),
+        )
+        count = torch.full_like(layer.progress.tokens_read, tokens)
+        layer.progress = Progress(count, tokens % layer.window_length)
+        layer.columns = tokens
+    return twin
 
-    def forward():
-        with torch.inference_mode():
-            model(ids, memory=memory, return_memory=True)
 
-    def forward_and_backward():
+def full_cache(model, machine):
+    """A cache that ends with a window, and whose queue is full."""
+    config, cache = model.config, MelodiCache(model.config)
+    read(model, draw(config, config.window_length, machine), cache)
+    return filled(cache, config.long_memory_windows * config.window_length)
+
+
+def latencies(model, ids, cache, machine):
+    """Seconds of each token, one after the other."""
+    return [machine.seconds(lambda one=one: read(model, one, cache)) for one in ids.split(1, dim=1)]
+
+
+class Phase(NamedTuple):
+    """What is done, and what it must cost; `run` returns seconds by the phase's parts."""
+
+    run: object
+    flops: dict[str, int]
+    bytes: dict[str, int]
+
+
+def phases(model, size, machine):
+    """Name -> a phase; the parts of their times have the names of the table's rows."""
+    config, ids = model.config, draw(model.config, size.segment, machine)
+    cache, memory = full_cache(model, machine), full_memory(model)
+    before = config.window_length - size.decoded  # tokens of the window that is decoded
+    begun = cache.clone()
+    read(model, draw(config, before, machine), begun)
+
+    def training():
         model.zero_grad(set_to_none=True)
-        model(ids, memory=memory, return_memory=True, labels=ids).loss.backward()
 
-    tokens = ids.shape[1]
+        def step():
+            model(ids, memory=memory, return_memory=True, labels=ids).loss.backward()
+
+        return {"training step": machine.seconds(step)}
+
+    def prefill():
+        fresh = cache.clone()
+        return {"prefill": machine.seconds(lambda: read(model, ids, fresh))}
+
+    def decoding():
+        times = latencies(model, ids[:, : size.decoded], begun.clone(), machine)
+        typical = statistics.median(times[:-1])
+        return {"decoding step": typical, "closing a window": times[-1] - typical}
+
+    head = 2 * config.hidden_size * config.vocab_size
+    prefilled = forward_flops(config, size.segment, with_logits=False) + head
+    number, middle = machine.dtype.itemsize, before + size.decoded // 2
+    of_a_token = {"decoding step": decoding_bytes(config, middle, number)}
+    found = {
+        "prefill": Phase(prefill, {"prefill": prefilled}, {}),
+        "decoding": Phase(decoding, {"closing a window": closing_flops(config)}, of_a_token),
+    }
+    if size.trains:
+        work = training_flops(config, size.segment)
+        found = {"training": Phase(training, {"training step": work}, {})} | found
+    return found
+
+
+def measure(named, size, machine):
+    """Round by round: row -> seconds, and row -> seconds of its floor."""
+    times, floors, rates = {}, {}, {"GFLOP/s": [], "GB/s read": [], "GB/s copied": []}
+    for phase in named.values():
+        phase.run()  # buffers are allocated, kernels chosen
+    for _ in tqdm(range(size.rounds), desc="rounds", unit="round"):
+        for phase in named.values():
+            before = both_rates(phase, machine)
+            found = phase.run()
+            matmul, reading = (
+                (a + b) / 2 for a, b in zip(before, both_rates(phase, machine), strict=True)
+            )
+            rates["GFLOP/s"].append(round(matmul / 1e9, 1))
+            rates["GB/s read"].append(round(reading / 1e9, 2))
+            for row, seconds in found.items():
+                floor = max(phase.flops.get(row, 0) / matmul, phase.bytes.get(row, 0) / reading)
+                times.setdefault(row, []).append(seconds)
+                floors.setdefault(row, []).append(floor)
+        rates["GB/s copied"].append(round(machine.copy_rate() / 1e9, 2))
+    return times, floors, rates
+
+
+def both_rates(phase, machine):
+    return machine.matmul_rate(), machine.read_rate(max(phase.bytes.values(), default=1 << 20))
+
+
+def rows_of(name, named, times, floors):
+    """Of the table."""
+    flops = {row: count for phase in named.values() for row, count in phase.flops.items()}
+    read = {row: count for phase in named.values() for row, count in phase.bytes.items()}
+    return [
+        {
+            "size": name,
+            "phase": row,
+            "share of the floor": round(statistics.median(map(share, floors[row], times[row])), 3),
+            "ms": round(1e3 * statistics.median(times[row]), 2),
+            "floor, ms": round(1e3 * statistics.median(floors[row]), 2),
+            "GFLOP": round(flops[row] / 1e9, 1) if row in flops else None,
+            "MB read": round(read[row] / 1e6, 1) if row in read else None,
+        }
+        for row in times
+    ]
+
+
+def pause_row(name, length, times):
+    """What closing a window means for who waits for a token."""
+    typical, more = (
+        1e3 * statistics.median(times[row]) for row in ("decoding step", "closing a window")
+    )
     return {
-        "forward": (forward, forward_flops(model.config, tokens)),
-        "forward + backward": (forward_and_backward, training_flops(model.config, tokens)),
+        "size": name,
+        "median token, ms": round(typical, 2),
+        "token that closes a window, ms": round(typical + more, 2),
+        "ratio": round(1 + more / typical, 2),
+        "closing per token of a window, ms": round(more / length, 3),
+        "part of the median": round(more / length / typical, 4),
     }
 
 
-def measure(measured, rounds, size, seconds):
-    """Share of the floor that each part reaches, round by round."""
-    shares = {name: [] for name in measured}
-    times = {name: [] for name in measured}
-    for work, _ in measured.values():
-        work()  # buffers are allocated, kernels chosen
-    rates = [matmul_rate(size, seconds)]
-    for _ in tqdm(range(rounds), desc="rounds", unit="round"):
-        for name, (work, flops) in measured.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
-            rates.append(matmul_rate(size, seconds))
-            shares[name].append(flops / ((rates[-1] + rates[-2]) / 2) / times[name][-1])
-    return shares, times, rates
+def share(floor, seconds):
+    return floor / seconds
+
+
+def peak_of_training(request):
+    """In this process: the most memory above the loaded model during two training steps."""
+    name, tiny, device, threads = request
+    machine = Machine(device, threads, tiny)
+    size = sizes(tiny, machine.is_cuda)[name]
+    model, ids = build(size.config, machine), draw(size.config, size.segment, machine)
+    before = machine.forget_peak()
+    memory = full_memory(model)
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        model(ids, memory=memory, return_memory=True, labels=ids).loss.backward()
+    return {
+        "model, MB": round(before / 1e6),
+        "above it, MB": round((machine.peak() - before) / 1e6),
+    }
+
+
+def compare(model, caches, tokens, machine):
+    """Milliseconds of each of `tokens` tokens, in turn from either of two caches."""
+    times = [], []
+    for step, one in enumerate(draw(model.config, tokens, machine).split(1, dim=1)):
+        for which in (0, 1) if step % 2 else (1, 0):
+            work = machine.seconds(lambda one=one, cache=caches[which]: read(model, one, cache))
+            times[which].append(1e3 * work)
+    return times
+
+
+def latency_row(name, documents, how, times):
+    short, long = times
+    return {
+        "size": name,
+        "short document, tokens": documents[0],
+        "long document, tokens": documents[1],
+        "its state": how,
+        "median ms after the short": round(statistics.median(short), 3),
+        "after the long": round(statistics.median(long), 3),
+        "ratio of medians": round(statistics.median(long) / statistics.median(short), 3),
+        "ratio of means": round(statistics.fmean(long) / statistics.fmean(short), 3),
+    }
+
+
+def latency(machine, tiny):
+    """A token after much was read, against a token after little, over one window of either."""
+    documents = (400, 1000) if tiny else DOCUMENTS
+    config = MelodiConfig(**(TINY if tiny else SMALL))
+    model, length = build(config, machine), config.window_length
+    caches = [
+        model.read_document(drawn(config.vocab_size, tokens), progress=None) for tokens in documents
+    ]
+    times = compare(model, caches, length, machine)
+    rows = [latency_row("small width", documents, "read", times)]
+    model = build(config if tiny else reference_config(), machine)
+    caches = set_caches(model, documents, machine)
+    times = compare(model, caches, model.config.window_length, machine)
+    return [*rows, latency_row("reference", documents, "set", times)]
+
+
+def set_caches(model, documents, machine):
+    """A cache that has read the short document, and one that could have read the long one."""
+    (short, long), cache = documents, MelodiCache(model.config)
+    read(model, draw(model.config, short, machine), cache)
+    twin, missing = cache.clone(), (long - short) % model.config.window_length
+    if missing:  # to stand at the same slot of a window
+        read(model, draw(model.config, missing, machine), twin)
+    return [cache, filled(twin, long)]
 
 
 def recorded(config):
@@ -115,51 +335,48 @@ def recorded(config):
     return {name: x for name, x in config.to_diff_dict().items() if name != "transformers_version"}
 
 
-def report(measured, shares, times, rates, config):
-    """The JSON of record."""
-    rows = [
-        {
-            "part": name,
-            "share of the floor": round(statistics.median(shares[name]), 3),
-            "seconds": round(statistics.median(times[name]), 3),
-            "floor, seconds": round(flops / statistics.median(rates), 3),
-            "GFLOP": round(flops / 1e9, 1),
-        }
-        for name, (_, flops) in measured.items()
-    ]
-    return {
-        "rows": rows,
-        "shares by round": shares,
-        "seconds by round": times,
-        "matmul GFLOP/s": [round(rate / 1e9, 1) for rate in rates],
-        "peak memory GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        "config": recorded(config),
-        "tokens": SEGMENT,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-    }
+def measure_all(args, machine):
+    """The JSON of record; it is written after each size, so that nothing done is lost."""
+    known = sizes(args.tiny, machine.is_cuda)
+    result = {"rows": [], "tables": {"pause": [], "peak": [], "latency": []}, "by size": {}}
+    result |= machine.described() | {"tokens": SEGMENT}
+    for name in ("tiny",) if args.tiny else args.sizes:
+        size = known[name]
+        model = build(size.config, machine)
+        named = phases(model, size, machine)
+        times, floors, rates = measure(named, size, machine)
+        result["rows"] += rows_of(name, named, times, floors)
+        result["tables"]["pause"].append(pause_row(name, size.config.window_length, times))
+        del model, named
+        every = {"seconds": times, "floors": floors, "rates": rates}
+        result["by size"][name] = every | {"config": recorded(size.config)}
+        if size.trains:
+            request = name, args.tiny, args.device, args.threads
+            peak = in_a_process_of_its_own(__file__, request, lean=True)
+            result["tables"]["peak"].append({"size": name} | peak)
+        else:
+            result["by size"][name]["left out"] = "the training step: about 10 GB and minutes each"
+        write(result, args.output)
+    result["tables"]["latency"] = latency(machine, args.tiny)
+    write(result, args.output)
+    return result
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", nargs="+", choices=["reference", "paper"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="1: CPU seconds; else wall")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed.json"))
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    config, tokens, size, seconds = reference_config(), SEGMENT, 2048, 1.0
-    if args.tiny:
-        config = MelodiConfig(
-            **{**config.to_diff_dict(), "window_length": 32, "hidden_size": 64, "vocab_size": 100}
-        )
-        tokens, size, seconds = 128, 128, 0.01
-    model = MelodiForCausalLM(config)
-    measured = parts(model, torch.randint(0, config.vocab_size, (1, tokens)))
-    result = report(measured, *measure(measured, args.rounds, size, seconds), config)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: result[key] for key in ("rows", "peak memory GB")}, indent=1))
+    args.sizes = args.sizes or ["reference", "paper"]
+    if args.child:
+        print(json.dumps(peak_of_training(json.loads(args.child))))
+        return
+    result = measure_all(args, Machine(args.device, args.threads, args.tiny))
+    print(json.dumps({"rows": result["rows"]} | result["tables"], indent=1))
 
 
 if __name__ == "__main__":

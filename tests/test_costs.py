@@ -17,7 +17,13 @@ from melodi_hf import (
     MemorizingTransformerConfig,
     TransformerXLConfig,
 )
-from melodi_hf.models.costs import decoding_bytes, forward_flops, held_bytes, training_flops
+from melodi_hf.models.costs import (
+    closing_flops,
+    decoding_bytes,
+    forward_flops,
+    held_bytes,
+    training_flops,
+)
 
 PAPER = MelodiConfig()
 TINY = MelodiConfig(
@@ -193,6 +199,23 @@ def test_decoding_reads_the_keys_and_values_of_the_state():
     without = decoding_bytes(BlockRecurrentConfig(recurrent_layers=()), 0, 2)
     assert without == decoding_bytes(TransformerXLConfig(), 0, 2)
     assert decoding_bytes(config, 0, 2) - without == (512 * 2 * 1024 + 2 * 1024 * 1024) * 2
+
+
+def test_closing_a_window_costs_what_runs_beside_its_last_token():
+    model = MelodiForCausalLM(TINY).eval().requires_grad_(False)
+    cache = MelodiCache(TINY)
+    model(torch.randint(0, 50, (1, 7)), past_key_values=cache)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(0, 50, (1, 1)), past_key_values=cache)
+    token = 2 * (body_products_of_the_last_token(TINY) + 32 * 50)
+    hidden = 5 * 16 - sum(4 + slot for slot in range(7, 12))  # computed and thrown away
+    assert counter.get_total_flops() == token + closing_flops(TINY) + 2 * 3 * hidden * 2 * 32
+
+
+def body_products_of_the_last_token(config):
+    queue = config.long_memory_length * 2 * 32
+    pairs = (4 + config.window_length - 1) * 2 * 32
+    return 3 * (32 * (4 * 32 + 2 * 64) + pairs) + queue
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_XL, TINY_COMPRESSIVE, TINY_RECURRENT, TINY_ELASTIC])

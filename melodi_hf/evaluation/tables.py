@@ -163,9 +163,16 @@ def worth(perplexities: Mapping[str, float]) -> float | None:
     return 1 - perplexities["carried"] / perplexities["emptied"]
 
 
-def benchmark_table(path: str | Path) -> str:
-    """One row per measurement of a benchmark's JSON, a list of them under "rows"."""
-    measurements = json.loads(Path(path).read_text())["rows"]
+def benchmark_tables(path: str | Path) -> dict[str, str]:
+    """One row per measurement of a benchmark's JSON, a list of them under "rows"; further lists
+    stand by their names under "tables"."""
+    results, name = json.loads(Path(path).read_text()), f"benchmarks/{Path(path).stem}"
+    further = results.get("tables", {}).items()
+    found = {f"{name}/{key}": measurements_table(rows) for key, rows in further}
+    return found | {name: measurements_table(results["rows"])}
+
+
+def measurements_table(measurements: Sequence[Mapping[str, Any]]) -> str:
     headers = list(dict.fromkeys(name for row in measurements for name in row))
     rows = [[row.get(name) for name in headers] for row in measurements]
     return markdown_table([name.replace("_", " ") for name in headers], rows)
@@ -183,7 +190,7 @@ def tables(root: str | Path) -> dict[str, str]:
         found |= variants_tables(folder)
         found |= comparison_tables(folder, Path(root, "benchmarks/results"))
     for path in sorted(Path(root, "benchmarks/results").glob("*.json")):
-        found[f"benchmarks/{path.stem}"] = benchmark_table(path)
+        found |= benchmark_tables(path)
     return found
 
 

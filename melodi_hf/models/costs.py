@@ -145,6 +145,22 @@ def _pairs_within(tokens, furthest):
     return beginning * (beginning - 1) // 2 + (tokens - beginning) * furthest
 
 
+@singledispatch
+def closing_flops(config, queue_filled=None) -> int:
+    """FLOPs that closing a window adds to those of the token that fills it."""
+    raise TypeError(f"nothing is known of closing a window of a {type(config).__name__}")
+
+
+@closing_flops.register
+def _(config: MelodiConfig, queue_filled=None):
+    # The summary tokens go through all layers, then what stays of the window is mixed.
+    queue = config.long_memory_length if queue_filled is None else queue_filled
+    length, summaries = config.window_length, config.num_summary_tokens
+    tokens = _melodi_window(config, length, 0, queue)
+    summaries = _melodi_window(config, length, summaries, queue) - tokens
+    return 2 * (summaries + _melodi_closing(config))
+
+
 def _melodi_window(config, tokens, summaries, queue):
     # All layers over `tokens` of a window and the summary tokens behind them.
     heads, short = _heads(config), config.num_short_memory_tokens

@@ -1,0 +1,232 @@
+"""MELODI and models of its size from transformers, with one face for `benchmarks/peers.py`.
+
+All have random weights, the same width and vocabulary, tied heads. Parameters are matched to
+MELODI's by the width of the feed-forward network, for Mamba2, which has none, by the number of
+layers. Attention has as many heads for keys as for queries everywhere; a window is as long as
+MELODI's.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    Mamba2Config,
+    MistralConfig,
+    RecurrentGemmaConfig,
+    StaticCache,
+)
+from transformers.utils import logging
+
+from melodi_hf import MelodiCache, MelodiConfig
+
+logging.set_verbosity_error()
+
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1024,
+    "window_length": 512,
+    "num_summary_tokens": 32,
+    "num_short_memory_tokens": 32,
+    "long_memory_layers": (2,),
+    "num_long_memory_tokens": 16,
+    "long_memory_windows": 128,
+}
+TINY = SMALL | {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "window_length": 16,
+    "num_summary_tokens": 4,
+    "num_short_memory_tokens": 4,
+    "num_long_memory_tokens": 2,
+    "long_memory_windows": 4,
+}
+PAPER = {"vocab_size": 4096}  # and the defaults of MelodiConfig: 12 layers of 1024 channels
+SIZES = {"tiny": TINY, "small": SMALL, "paper": PAPER}
+LENGTHS = {"tiny": [32, 64], "small": [1 << 12, 1 << 14, 1 << 16]}
+LENGTHS["paper"] = [*LENGTHS["small"], 1 << 18]
+LONGEST = 1 << 20  # tokens, for which positions are made
+
+
+def melodi_config(size):
+    return MelodiConfig(**SIZES[size], dropout=0.0, attention_dropout=0.0)
+
+
+def shared(size):
+    """What all peers have in common with MELODI of this size."""
+    config = melodi_config(size)
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def heads(size):
+    config = melodi_config(size)
+    return {
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_attention_heads,
+    }
+
+
+def llama_config(size, width):
+    return LlamaConfig(
+        **shared(size), **heads(size), intermediate_size=width, max_position_embeddings=LONGEST
+    )
+
+
+def window_config(size, width):
+    return MistralConfig(
+        **shared(size),
+        **heads(size),
+        intermediate_size=width,
+        sliding_window=melodi_config(size).window_length,
+        max_position_embeddings=LONGEST,
+    )
+
+
+def griffin_config(size, width):
+    window = melodi_config(size).window_length
+    return RecurrentGemmaConfig(
+        **shared(size), **heads(size), intermediate_size=2 * width, attention_window_size=window
+    )
+
+
+def mamba_config(size, layers):
+    given, head_dim = shared(size), min(64, melodi_config(size).head_dim)
+    given["num_hidden_layers"] = layers
+    num_heads = 2 * given["hidden_size"] // head_dim
+    return Mamba2Config(**given, num_heads=num_heads, head_dim=head_dim, n_groups=1)
+
+
+class Peer(NamedTuple):
+    """How a model is built and used."""
+
+    config: Callable  # size, and what is matched -> its config
+    matched: str | None = None  # by which its parameters are MELODI's
+    step: int = 8  # of that
+    cache_name: str = "past_key_values"
+    grows: bool = False  # whether its state does with the document
+
+
+PEERS = {
+    "MELODI": Peer(melodi_config),
+    "Llama": Peer(llama_config, "width", grows=True),
+    "sliding window": Peer(window_config, "width"),
+    "RecurrentGemma": Peer(griffin_config, "width"),
+    "Mamba2": Peer(mamba_config, "layers", step=1, cache_name="cache_params"),
+}
+
+
+def parameters(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+@lru_cache
+def matched_config(name, size):
+    """With as many parameters as MELODI has, as nearly as the step allows."""
+    peer = PEERS[name]
+    if peer.matched is None:
+        return peer.config(size)
+    few, more = (parameters(peer.config(size, n * peer.step)) for n in (4, 8))
+    steps = 4 + round(4 * (parameters(melodi_config(size)) - few) / (more - few))
+    return peer.config(size, steps * peer.step)
+
+
+def recorded(config):
+    """The fields that make the size."""
+    return {name: x for name, x in config.to_diff_dict().items() if name != "transformers_version"}
+
+
+class Reader:
+    """A model that reads one row, and its state."""
+
+    def __init__(self, name, size, machine):
+        self.peer, self.machine, self.config = PEERS[name], machine, matched_config(name, size)
+        torch.manual_seed(0)
+        with machine.device:
+            model = AutoModelForCausalLM.from_config(self.config)
+        self.model = model.to(machine.dtype).eval()
+        self.cache = None
+
+    def draw(self, tokens):
+        shape = 1, tokens
+        return torch.randint(1, self.config.vocab_size, shape, device=self.machine.device)
+
+    @torch.inference_mode()
+    def call(self, ids):
+        cache = {self.peer.cache_name: self.cache}
+        return self.model(ids, **cache, use_cache=True, logits_to_keep=1).logits
+
+    def forget(self):
+        self.cache = None
+        if isinstance(self.config, MelodiConfig):
+            self.cache = MelodiCache(self.config)
+        else:
+            self.cache = DynamicCache(config=self.config)
+        if isinstance(self.config, RecurrentGemmaConfig):  # its modules hold part of the state
+            device, dtype = self.machine.device, self.machine.dtype
+            self.model.model._setup_cache(self.config, 1, device, dtype)
+
+    def prefill(self, ids, piece):
+        """Read a document from its beginning -> seconds. piece: tokens of a call; None: all."""
+        self.forget()
+
+        def work():
+            for part in ids.split(piece or ids.shape[1], dim=1):
+                self.call(part)
+
+        return self.machine.seconds(work)
+
+    def prepare_decoding(self, tokens):
+        """Make room for so many."""
+        if self.peer.grows:
+            read = self.cache.get_seq_length()
+            static = StaticCache(config=self.config, max_cache_len=read + tokens)
+            for i, layer in enumerate(self.cache.layers):
+                static.update(layer.keys, layer.values, i)
+            self.cache = static
+
+    def decode(self, tokens):
+        """Seconds of each token."""
+        ids = self.draw(tokens).split(1, dim=1)
+        return [self.machine.seconds(lambda one=one: self.call(one)) for one in ids]
+
+    def state_bytes(self):
+        """Of all tensors that the next token needs besides the weights."""
+        found = tensors_in(self.cache) + [
+            value
+            for module in self.model.modules()
+            for name, value in vars(module).items()
+            if name in ("recurrent_states", "conv1d_state") and value is not None
+        ]
+        return sum({t.data_ptr(): t.nbytes for t in found}.values())
+
+
+def tensors_in(held):
+    """All tensors in nested objects of a cache."""
+    if isinstance(held, torch.Tensor):
+        return [held]
+    if isinstance(held, dict):
+        return [t for each in held.values() for t in tensors_in(each)]
+    if isinstance(held, (list, tuple)):
+        return [t for each in held for t in tensors_in(each)]
+    return tensors_in(vars(held)) if hasattr(held, "__dict__") and not callable(held) else []
