@@ -5,9 +5,12 @@ they are first searched and kept as long as the tensor that it was built from: a
 the index of the step before, and the keys of a new window or another document have their own.
 """
 
+from typing import Any
+
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+faiss: Any
 try:
     import faiss
 except ImportError:
