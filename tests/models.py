@@ -169,7 +169,7 @@ REMEMBERING = [name for name in SYSTEMS if name not in FORGETFUL]
 
 def build_config(name, **changes):
     config_class, sizes = SYSTEMS[name]
-    window = changes.get("window_length", WINDOW)
+    window = int(changes.get("window_length", WINDOW))
     for length in ("memory_length", "compressed_memory_length"):  # grow with the window
         if length in sizes:
             sizes = sizes | {length: -(-sizes[length] * window // WINDOW)}

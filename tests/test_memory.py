@@ -212,7 +212,7 @@ def test_generation_holds_what_the_config_says_and_the_open_window(name):
     per_head = config.num_attention_heads * config.head_dim
     slots = config.num_short_memory_tokens + config.window_length
     window = 2 * slots * per_head + config.window_length * config.hidden_size
-    assert held == 4 * (config.memory_floats() + config.num_hidden_layers * window)
+    assert held == config.memory_floats() + config.num_hidden_layers * window
 
 
 @pytest.mark.parametrize("name", EACH)
