@@ -214,47 +214,14 @@ def parity(bench, found):
     worst, by_file = {}, {}
     for path in parity_report.golden_files():
         kinds = by_file.setdefault(path.stem, {})
-        for name, difference in golden_differences(path, bench.device):
+        model = from_meliad(path).to(bench.device)
+        for name, difference in parity_report.measure(path, model).items():
             kind = parity_report.kind_of(name)
             kinds[kind] = max(kinds.get(kind, 0.0), difference)
             worst[kind] = max(worst.get(kind, 0.0), difference)
     goal = 1e-4 if bench.device.type == "cuda" else 1e-5
     found |= {"worst": worst, "goal": goal, "within the goal": max(worst.values()) <= goal}
     found["files"] = by_file
-
-
-def golden_differences(path, device):
-    """Each golden tensor's name and its largest difference, computed on `device`."""
-    golden, sizes = parity_report.read_golden(path)
-    golden = {name: tensor.to(device) for name, tensor in golden.items()}
-    model, memory = from_meliad(path).to(device), None
-    for segment in range(sizes["num_segments"]):
-        inputs = f"inputs/seg{segment}"
-        ids, start = golden[f"{inputs}/input_ids"], golden[f"{inputs}/start_of_sequence"]
-        output, _, _ = parity_report.read_segment(model, ids, memory, start)
-        memory = output.memory
-        for name, tensor in segment_tensors(model, output, golden, segment).items():
-            if name in golden:
-                yield name, parity_report.largest_difference(name, tensor, golden[name])
-
-
-def segment_tensors(model, output, golden, segment):
-    """What golden files have of a segment, by its name there."""
-    computed = {
-        f"outputs/seg{segment}/logits": output.logits,
-        f"outputs/seg{segment}/final_hidden": output.hidden_states[-1],
-        f"loss/seg{segment}/mean_cross_entropy": output.loss,
-    }
-    states = [name for name in golden if name.startswith(f"state/seg{segment}/")]
-    length = model.config.window_length
-    computed |= {name: parity_report.held(output.memory, name, length) for name in states}
-    prefix = "grads" if segment == 0 else f"grads_seg{segment}"
-    if f"{prefix}/embed/embedding" in golden:
-        model.zero_grad()
-        output.loss.backward()
-        gradients = parity_report.gradients(model)
-        computed |= {f"{prefix}/{name}": gradient for name, gradient in gradients.items()}
-    return computed
 
 
 def precision(bench, found):

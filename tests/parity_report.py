@@ -114,6 +114,7 @@ def measure(path, model=None, segments=None, with_gradients=True):
     """Read all segments of a golden file, or the first -> each tensor's largest difference."""
     golden, sizes = read_golden(path)
     model = model or melodi_hf.from_meliad(path)
+    golden = {name: tensor.to(model.device) for name, tensor in golden.items()}
     memory, differences, tokens_given = None, {}, 0
     for segment in range(segments or sizes["num_segments"]):
         inputs = f"inputs/seg{segment}"
@@ -142,7 +143,7 @@ def measure(path, model=None, segments=None, with_gradients=True):
 
 def largest_difference(name, ours, theirs):
     assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)}, not {tuple(theirs.shape)}"
-    return (ours.detach() - theirs).abs().max().item()
+    return (ours.detach().to(theirs.device) - theirs).abs().max().item()
 
 
 def kind_of(name):

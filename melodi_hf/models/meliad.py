@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
 
 from .configuration_block_recurrent import BlockRecurrentConfig
 from .configuration_melodi import MelodiConfig
@@ -154,7 +155,7 @@ def from_names(config):
     if config.model_type == "block_recurrent":  # another class of the released code
         names = {ours: _without_stack(theirs) for ours, theirs in names.items()}
     with torch.device("meta"):
-        own = _model_class(config)(config).state_dict()
+        own = AutoModelForCausalLM.from_config(config).state_dict()
     return {ours: theirs for ours, theirs in names.items() if ours in own}
 
 
@@ -294,13 +295,3 @@ def _memorizing_config(sizes, weights, path):
 
 def _transposed(name, tensor):
     return tensor.T if tensor is not None and name.endswith("kernel") else tensor
-
-
-def _model_class(config):
-    classes = (
-        MelodiForCausalLM,
-        TransformerXLForCausalLM,
-        BlockRecurrentForCausalLM,
-        MemorizingTransformerForCausalLM,
-    )
-    return next(c for c in classes if c.config_class.model_type == config.model_type)

@@ -10,7 +10,8 @@ import torch
 
 from .blocks import attend, bucket, rms_norm, unit
 
-STACK = "layer_stack/transformer{}/"
+OUTSIDE = "layer_stack/"  # of the layers
+STACK = OUTSIDE + "transformer{}/"
 KEYS, VALUES = STACK + "keys", STACK + "values"
 LONGEST = 64  # tokens of a document
 
