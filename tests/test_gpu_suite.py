@@ -12,6 +12,8 @@ import pytest
 from benchmarks import gpu_suite
 from benchmarks.gpu_suite import TINY, Bench, Part, Training, figures, run_all, run_part
 
+from .parity_report import golden_files
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_suite.py"
 COMPILED = ("compiled_layers", "compiled_model")
 NAMES = [part.function.__name__ for part in gpu_suite.PARTS]
@@ -38,8 +40,9 @@ def test_every_part_gives_its_figures(tmp_path):
     assert list(results) == parts
     assert all(f"{name}: " in printed for name in parts)
     assert results["parity"]["within the goal"]
-    assert len(results["parity"]["files"]) == 9
-    assert set(results["parity"]["worst"]) == {"logits", "hidden", "loss", "state", "grads"}
+    assert list(results["parity"]["files"]) == [path.stem for path in golden_files()]
+    kinds = {"logits", "hidden", "layers", "loss", "state", "grads"}
+    assert set(results["parity"]["worst"]) == kinds
     for kind in ("autocast", "bfloat16 weights"):
         assert 0.9 < results["precision"][kind]["gradient cosine, worst"] < 1
         assert results["precision"][kind]["gradient cosine, median of parameters"] > 0.99
