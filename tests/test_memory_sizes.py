@@ -57,14 +57,20 @@ MEMORIZING = {  # 65,536 tokens in one layer
 }
 
 
+def skeleton(layers, channels, window):
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": channels,
+        "intermediate_size": 4 * channels,
+        "num_attention_heads": channels // 128,
+        "head_dim": 128,
+        "window_length": window,
+    }
+
+
 def melodi(layers, channels, window, summary, added):
     return MelodiConfig(
-        num_hidden_layers=layers,
-        hidden_size=channels,
-        intermediate_size=4 * channels,
-        num_attention_heads=channels // 128,
-        head_dim=128,
-        window_length=window,
+        **skeleton(layers, channels, window),
         num_summary_tokens=summary,
         num_short_memory_tokens=summary,
         long_memory_layers=(layers // 2,),
@@ -75,23 +81,13 @@ def melodi(layers, channels, window, summary, added):
 
 def transformer_xl(layers, channels, window):
     return TransformerXLConfig(
-        num_hidden_layers=layers,
-        hidden_size=channels,
-        intermediate_size=4 * channels,
-        num_attention_heads=channels // 128,
-        head_dim=128,
-        window_length=window,
+        **skeleton(layers, channels, window),
     )
 
 
 def block_recurrent(layers, channels, window, recurrent):
     return BlockRecurrentConfig(
-        num_hidden_layers=layers,
-        hidden_size=channels,
-        intermediate_size=4 * channels,
-        num_attention_heads=channels // 128,
-        head_dim=128,
-        window_length=window,
+        **skeleton(layers, channels, window),
         recurrent_layers=recurrent,
         num_state_vectors=512,
     )
@@ -99,12 +95,7 @@ def block_recurrent(layers, channels, window, recurrent):
 
 def memorizing(layers, channels, window):
     return MemorizingTransformerConfig(
-        num_hidden_layers=layers,
-        hidden_size=channels,
-        intermediate_size=4 * channels,
-        num_attention_heads=channels // 128,
-        head_dim=128,
-        window_length=window,
+        **skeleton(layers, channels, window),
         memory_length=TOKENS,
     )
 

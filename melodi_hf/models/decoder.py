@@ -497,8 +497,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             hidden = hidden[:, -logits_to_keep:]
         else:
             columns = scored_columns(attention_mask, hidden, targets)
-        score = self.score_in_parts if skip_logits and targets is not None else self.score
-        loss, logits = score(take(hidden, columns), labels, take(targets, columns), **kwargs)
+        scored = take(hidden, columns), labels, take(targets, columns)
+        loss, logits = self.score(*scored, skip_logits, **kwargs)
         aux_loss = per_target(outputs.aux_loss, targets, **kwargs)
         if self.training and loss is not None and aux_loss is not None:
             loss = loss + aux_loss.to(loss)
@@ -512,21 +512,19 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             aux_loss=aux_loss,
         )
 
-    def score(self, hidden, labels, targets, **kwargs):
-        """hidden: B T D -> the loss, None without targets (B T), and logits, B T V."""
-        logits = self.lm_head(self.dropout(hidden) * self.config.hidden_size**-0.5)
+    def score(self, hidden, labels, targets, skip_logits=False, **kwargs):
+        """hidden: B T D -> the loss, None without targets (B T), and logits, B T V; these may be
+        skipped where nothing but the loss wants to see the head at work."""
+        hidden = self.dropout(hidden) * self.config.hidden_size**-0.5
+        can_skip = is_plain_head(self.lm_head) and not torch.compiler.is_compiling()
+        if skip_logits and targets is not None and can_skip:
+            return loss_without_logits(hidden, self.lm_head.weight, targets, **kwargs), None
+        logits = self.lm_head(hidden)
         if targets is None:
             return None, logits
         vocab_size = self.config.vocab_size
         given = {"logits": logits, "labels": labels, "shift_labels": targets}
         return self.loss_function(**given, vocab_size=vocab_size, **kwargs), logits
-
-    def score_in_parts(self, hidden, labels, targets, **kwargs):
-        """The loss without the logits, where nothing else wants to see the head at work."""
-        if not is_plain_head(self.lm_head) or torch.compiler.is_compiling():
-            return self.score(hidden, labels, targets, **kwargs)
-        hidden = self.dropout(hidden) * self.config.hidden_size**-0.5
-        return loss_without_logits(hidden, self.lm_head.weight, targets, **kwargs), None
 
 
 def make_known(model, language_model):
