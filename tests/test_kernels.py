@@ -7,7 +7,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from melodi_hf.models import attention, loss
-from melodi_hf.models.attention import HIDDEN, RecomputedAttention, attend
+from melodi_hf.models.attention import HIDDEN, RecomputedAttention, attend, hide_empty
 from melodi_hf.models.loss import CrossEntropy, LinearCrossEntropy, causal_lm_loss
 from melodi_hf.models.norm import Normalise, RMSNorm, unit
 from melodi_hf.models.position import distance_bucket, spread_by_distance
@@ -89,10 +89,10 @@ def test_every_way_to_attend_is_the_same(eager, trained):
     assert_near(attend(q, k, v, eager=eager), plain_attention(q, k, v, 0), atol=1e-6)
 
 
-@pytest.mark.parametrize("with_gain", [False, True])
-def test_norm_has_the_gradient_of_its_values(with_gain):
+@pytest.mark.parametrize("shape", [None, (5,), (2, 1, 1), (3, 1)], ids=str)
+def test_norm_has_the_gradient_of_its_values(shape):
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    gain = torch.randn(5, dtype=torch.float64, requires_grad=True) if with_gain else None
+    gain = None if shape is None else torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x, gain: Normalise.apply(x, gain, 5, 1e-3), (x, gain))
 
 
@@ -121,6 +121,12 @@ def test_unit_vectors(dtype):
     assert_equal(found[0], torch.zeros(6, dtype=dtype))  # no NaN, no length
     assert_near(found[1:].float(), functional.normalize(x[1:].float(), dim=-1), atol=8e-3)
     assert_near(found[1:].float().norm(dim=-1), torch.ones(3), atol=8e-3)
+    gain = torch.tensor([[2.0], [3.0], [5.0], [7.0]])
+    scaled = unit(x, 1e-6, gain)
+    assert scaled.dtype == dtype
+    assert_near(scaled.float(), found.float() * gain, atol=8e-3 * 7)
+    with torch.no_grad():
+        assert_equal(unit(x, 1e-6, gain), scaled)
 
 
 @pytest.mark.parametrize("chunk", [1, 14, 1 << 20], ids=["a row", "two rows", "all"])
@@ -149,6 +155,26 @@ def test_loss_equals_that_of_torch_in_float32(dtype):
     assert_near(ours.float(), theirs.float(), atol=1e-6)
 
 
+@pytest.mark.parametrize("hides", [False, True], ids=["attended to", "hidden"])
+@pytest.mark.parametrize("filled", [[0, 0], [0, 3], [5, 2], [6, 7], [7, 7]], ids=str)
+def test_empty_slots_are_attended_to_as_one(hides, filled):
+    """Zeros are what the oldest slots of a memory hold that is not full."""
+    filled = torch.tensor(filled)
+    q, k, v = (torch.randn(2, 2, n, 3, dtype=torch.float64) for n in (4, 7, 7))
+    is_filled = (torch.arange(7) >= 7 - filled[:, None])[:, None, :, None]
+    k, v = k * is_filled, v * is_filled
+    without = attention.leave_out_empty if hides else attention.fold_empty
+    keys, values, bias = without(k, v, filled)
+    assert keys.shape[2] == min(7, int(filled.max()) + 1)
+    if hides:
+        bias = hide_empty(bias, keys.shape[2], filled)
+        wanted = attend(q, k, v, hide_empty(None, 7, filled))
+    else:
+        wanted = attend(q, k, v)
+    seeing = filled > 0 if hides else filled >= 0  # what sees nothing is zero by its caller's hand
+    assert_near(attend(q, keys, values, bias)[seeing], wanted[seeing], atol=1e-12)
+
+
 @pytest.mark.parametrize("chunk", [1, 14, 1 << 20], ids=["a row", "two rows", "all"])
 @pytest.mark.usefixtures("float64")
 def test_loss_without_logits_has_the_gradient_of_its_values(monkeypatch, chunk):
@@ -158,7 +184,7 @@ def test_loss_without_logits_has_the_gradient_of_its_values(monkeypatch, chunk):
     target = torch.tensor([3, -100, 0, 6, 3])
 
     def found(*given):
-        return LinearCrossEntropy.apply(*given, target, -100)
+        return LinearCrossEntropy.apply(*given, target, -100, True)
 
     assert gradcheck(found, (hidden, weight))
     assert gradcheck(lambda hidden: found(hidden, weight.detach()), (hidden,))
@@ -181,8 +207,21 @@ def test_loss_without_logits_never_holds_them():
 
     with pytest.MonkeyPatch.context() as patch, Watch():
         patch.setattr(loss, "CHUNK_OF_PRODUCTS", 10_000)
-        LinearCrossEntropy.apply(hidden, weight, target, -100).backward()
+        LinearCrossEntropy.apply(hidden, weight, target, -100, True).backward()
     assert max(sizes) == 20 * 500
+
+
+def test_a_loss_that_nobody_differentiates_costs_no_gradient(monkeypatch):
+    hidden, target = torch.randn(1, 50, 8), torch.randint(20, (1, 50))
+    weight = torch.randn(20, 8, requires_grad=True)
+    products = []
+    monkeypatch.setattr(loss, "_add_product", lambda *given: products.append(given))
+    wanted = loss.loss_without_logits(hidden, weight, target)
+    assert products
+    products.clear()
+    with torch.no_grad():
+        assert_near(loss.loss_without_logits(hidden, weight, target), wanted, atol=1e-6)
+    assert not products
 
 
 def test_loss_of_large_logits_is_finite():

@@ -175,6 +175,24 @@ def test_memory_is_a_value(model):
     assert not all(torch.equal(before, after) for before, after in pairs)
 
 
+@torch.no_grad()
+def test_a_token_is_written_behind_its_window_and_copies_nothing(model):
+    """The buffers of a cache stay where they are; who took a copy or a value of it keeps that."""
+    cache, length = MelodiCache(model.config), model.config.window_length
+    ids = draw(2, length + 4)
+    model(ids[:, : length + 2], past_key_values=cache)
+    twin, before = cache.clone(), [layer.memory for layer in cache.layers]
+    places = [tensor.data_ptr() for held in before for tensor in held]
+    for one in ids[:, length + 2 :].split(1, dim=1):
+        found = model(one, past_key_values=cache).logits
+    after = [tensor.data_ptr() for layer in cache.layers for tensor in layer.memory]
+    assert after == places
+    wanted = model(ids[:, length + 2 :], past_key_values=twin).logits
+    assert_near(found, wanted[:, -1:])
+    with torch.enable_grad():  # nothing is written to that a graph may need
+        model(ids[:, :1], past_key_values=cache).logits.sum().backward()
+
+
 def test_returned_memory_is_detached(model):
     output = model(draw(2, DOCUMENT), return_memory=True)
     assert output.logits.requires_grad

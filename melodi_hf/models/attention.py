@@ -8,6 +8,8 @@ Keys and queries are normalised per head, a learned temperature per head takes t
 itself.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -40,9 +42,10 @@ def attend(q, k, v, bias=None, *, in_order=False, dropout=0.0, eager=False):
     trains_bias = needs_bias_gradient(q, bias)
     if eager or (trains_bias and (dropout or torch.compiler.is_compiling())):
         return _attend_plainly(q, k, v, bias, dropout)
-    if trains_bias:
+    if trains_bias or (not dropout and skips_hidden(q, bias, in_order)):
         return RecomputedAttention.apply(q, k, v, bias, in_order)
-    bias = None if bias is None else bias.to(q.dtype)
+    if bias is not None:  # with three axes torch would take its slowest kernel
+        bias = bias.to(q.dtype)[(None,) * (4 - bias.dim())]
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0
     )
@@ -51,7 +54,17 @@ def attend(q, k, v, bias=None, *, in_order=False, dropout=0.0, eager=False):
 def needs_bias_gradient(q, bias):
     """Whether this is the case that torch has no kernel for on the CPU."""
     is_trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    return is_trained and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+    return is_trained and _is_exact_on_cpu(q)
+
+
+def skips_hidden(q, bias, in_order):
+    """Whether there are queries enough, block by block, to leave out keys that the bias hides."""
+    is_long = in_order and bias is not None and q.shape[2] > QUERY_BLOCK
+    return is_long and _is_exact_on_cpu(q) and not torch.compiler.is_compiling()
+
+
+def _is_exact_on_cpu(q):
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
 
 
 def _attend_plainly(q, k, v, bias, dropout):
@@ -63,7 +76,8 @@ def _attend_plainly(q, k, v, bias, dropout):
 
 
 class RecomputedAttention(torch.autograd.Function):
-    """Softmax attention on the CPU with a gradient for the bias, which keeps no weights.
+    """Softmax attention on the CPU with a gradient for the bias, if it wants one, which keeps no
+    weights.
 
     Backward computes them anew, as FlashAttention does (Dao et al., 2022, appendix B.4), a block of
     queries at a time. If the queries are the last of the keys (`in_order`), the keys behind
@@ -83,7 +97,7 @@ class RecomputedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, bias, out = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad_bias = torch.zeros_like(bias)
+        grad_bias = torch.empty_like(bias) if ctx.needs_input_grad[3] else None
         for query, key in query_blocks(q, k, ctx.in_order):
             weights, g = _weights(q, k, bias, query, key), grad[:, :, query]
             grad_v[:, :, key] += weights.transpose(-1, -2) @ g
@@ -92,8 +106,10 @@ class RecomputedAttention(torch.autograd.Function):
             scores.sub_(along).mul_(weights)
             grad_q[:, :, query] = scores @ k[:, :, key]
             grad_k[:, :, key] += scores.transpose(-1, -2) @ q[:, :, query]
-            part = grad_bias[..., query, key]
-            part += scores.sum_to_size(part.shape)
+            if grad_bias is not None:
+                part = grad_bias[..., query, key]
+                part.copy_(_summed_to(scores, part.shape))
+                grad_bias[..., query, key.stop :] = 0
         return grad_q, grad_k, grad_v, grad_bias, None
 
 
@@ -110,6 +126,10 @@ def query_blocks(q, k, in_order):
 def _weights(q, k, bias, query, key):
     scores = q[:, :, query] @ k[:, :, key].transpose(-1, -2)
     return scores.add_(bias[..., query, key]).softmax(-1)
+
+
+def _summed_to(scores, shape):
+    return scores.view(shape) if scores.numel() == shape.numel() else scores.sum_to_size(shape)
 
 
 def keep_empty(bias, num_slots, filled):
@@ -129,6 +149,30 @@ def hide_empty(bias, num_slots, filled):
         filled = torch.arange(num_slots, device=bias.device) >= num_slots - filled[:, None]
     empty = nn.functional.pad(~filled, (0, bias.shape[-1] - num_slots))
     return bias.masked_fill(empty[:, None, None], HIDDEN)
+
+
+def fold_empty(k, v, filled):
+    """Empty slots are attended to, and being zeros all score 0: n of them are one whose score is
+    log n. k, v: B H J K, oldest slot first -> the keys, the values and their bias, or None."""
+    empty = _empty_in_all_rows(k, filled)
+    if empty < 2:
+        return k, v, None
+    bias = k.new_zeros(1, 1, 1, k.shape[2] - empty + 1)
+    bias[..., 0] = math.log(empty)
+    return k[:, :, empty - 1 :], v[:, :, empty - 1 :], bias
+
+
+def leave_out_empty(k, v, filled):
+    """Empty slots are hidden: what is empty in all rows, but for one slot, need not be there."""
+    first = max(0, _empty_in_all_rows(k, filled) - 1)
+    return k[:, :, first:], v[:, :, first:], None
+
+
+def _empty_in_all_rows(k, filled):
+    # Elsewhere than on a CPU asking would have the device wait, and cost more than it saves.
+    if k.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0
+    return k.shape[2] - int(filled.max())
 
 
 def zero_if_blind(attended, bias):
@@ -172,13 +216,13 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         self.config = config  # whose implementation of attention may be changed later
         self.with_empty = hide_empty if config.mask_empty_memory else keep_empty
+        self.without_empty = leave_out_empty if config.mask_empty_memory else fold_empty
         blind = config.mask_empty_memory or not always_sees
         self.where_seeing = zero_if_blind if blind else as_attended
 
     def queries(self, x):
         """B T D, normalised -> B H T K, temperature applied."""
-        q = unit(split_heads(self.q_proj(x), self.num_heads), self.eps)
-        return q * self.temperature(3).to(q.dtype)
+        return unit(split_heads(self.q_proj(x), self.num_heads), self.eps, self.temperature(3))
 
     def keys_values(self, x):
         """B J D, normalised -> two of B H J K; zeros give zeros."""
@@ -194,8 +238,11 @@ class Attention(nn.Module):
 
     def forward(self, q, k, v, bias, num_slots, filled, in_order=False, kept=None):
         """Attend to `num_slots` of memory, of which each row has `filled` (`hide_empty`), and to
-        the keys that follow them. kept: a list that is given the weights, too, or None. Otherwise
-        as `attend`."""
+        the keys that follow them. bias: None if the memory is all there is, and has no positions.
+        kept: a list that is given the weights, too, or None. Otherwise as `attend`."""
+        if bias is None:
+            k, v, bias = self.without_empty(k, v, filled)
+            num_slots = k.shape[2]
         bias = self.with_empty(bias, num_slots, filled)
         dropout = self.dropout if self.training else 0.0
         eager = self.config._attn_implementation == "eager"

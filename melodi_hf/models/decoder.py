@@ -366,8 +366,10 @@ class DecoderModel(DecoderPreTrainedModel):
         mask = real_columns(attention_mask, x, past_key_values)
         refuse_packed_rows(mask, **kwargs)
         plan = self.make_plan(before.progress, x.shape[1], mask, self.config.window_length)
-        plan.leave_out(before.progress.forgotten)
         cache = past_key_values
+        if cache is not None and not return_memory and not torch.is_grad_enabled():
+            plan.write_in_place()
+        plan.leave_out(before.progress.forgotten)
         if cache is not None and mask is not None and not cache.layers[0].knows_output:
             refuse_empty_rows(mask)
         if cache is not None and cache.layers[0].record_past:

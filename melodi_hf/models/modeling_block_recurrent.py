@@ -72,8 +72,7 @@ class Queries(nn.Module):
 
     def forward(self, x):
         # x: B T D, normalised -> B H T K
-        q = unit(split_heads(self.q_proj(x), self.num_heads), self.eps)
-        return q * self.temperature(3).to(q.dtype)
+        return unit(split_heads(self.q_proj(x), self.num_heads), self.eps, self.temperature(3))
 
 
 class KeysValues(nn.Module):

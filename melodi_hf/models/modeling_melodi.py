@@ -132,6 +132,8 @@ class MelodiLayer(DecoderLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.config = config
+        self.num_short = config.num_short_memory_tokens
+        self.num_summaries = config.num_summary_tokens
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, always_sees=config.num_short_memory_tokens > 0)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -164,7 +166,7 @@ class MelodiLayer(DecoderLayer):
 
     def forward(self, x, summaries, *memory, plan):
         # x: B T D; summaries: lanes C U D, C the windows that close in this call
-        num_summaries = self.config.num_summary_tokens
+        num_summaries = self.num_summaries
         h = plan.pack(x, summaries)
         normed = self.dropout(self.input_layernorm(h))
         q, (k, v) = self.self_attn.queries(normed), self.self_attn.keys_values(normed)
@@ -176,8 +178,7 @@ class MelodiLayer(DecoderLayer):
 
     def position_bias(self, chunk):
         """H T J or B H T J, for the chunk's queries towards [short memory | window | summaries]."""
-        short, summaries = self.config.num_short_memory_tokens, self.config.num_summary_tokens
-        return chunk.bias(self.self_attn.bias_by_distance, short, summaries)
+        return chunk.bias(self.self_attn.bias_by_distance, self.num_short, self.num_summaries)
 
     def read(self, chunk, bias, memory, h, q, k, v):
         """One cell: a chunk of one window through one layer.
@@ -185,7 +186,7 @@ class MelodiLayer(DecoderLayer):
         h: B T D, its tokens and, if it closes its window, the summary tokens; q, k, v: B H T K, its
         projections -> B T D, the next memory.
         """
-        num_short = self.config.num_short_memory_tokens
+        num_short = self.num_short
         keys, values = chunk.begin(
             (memory.keys, memory.values), lambda: self.recall(memory.short), 2, num_short
         )

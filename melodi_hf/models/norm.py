@@ -11,27 +11,53 @@ from torch import nn
 
 
 class Normalise(torch.autograd.Function):
-    """x / sqrt(sum(x²) / divisor + ε) over the last axis; float32 or wider."""
+    """gain x / sqrt(sum(x²) / divisor + ε) over the last axis; float32 or wider.
+
+    gain: a number per channel, one per vector in a shape that broadcasts to x and ends with 1, or
+    None.
+    """
 
     @staticmethod
     def forward(ctx, x, gain, divisor, eps):
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = squares.div_(divisor).add_(eps).rsqrt_()
+        scale = _scale(x, divisor, eps)
         ctx.save_for_backward(x, gain, scale)
         ctx.divisor = divisor
-        y = x * scale
-        return y if gain is None else y.mul_(gain)
+        return _scaled(x, gain, scale)
 
     @staticmethod
     def backward(ctx, grad):
+        # With s the scale, the gradient is  s g - x s³ (g·x) / divisor,  where g = gain * grad.
         x, gain, scale = ctx.saved_tensors
         grad_gain = None
-        y = x * scale
-        if gain is not None:
-            grad_gain = (grad * y).flatten(0, -2).sum(0)
-            grad = grad * gain
-        along = torch.linalg.vecdot(grad, y).unsqueeze_(-1).div_(ctx.divisor)
-        return y.mul_(along).neg_().add_(grad).mul_(scale), grad_gain, None, None
+        if gain is None:
+            along, out = torch.linalg.vecdot(grad, x).unsqueeze_(-1), grad * scale
+        elif gain.shape[-1] == 1:
+            along = torch.linalg.vecdot(grad, x).unsqueeze_(-1)
+            grad_gain = (along * scale).sum_to_size(gain.shape)
+            along, out = along * gain, grad * (scale * gain)
+        else:
+            products = grad * x
+            grad_gain = scale.flatten() @ products.flatten(0, -2)
+            along, out = (products @ gain).unsqueeze_(-1), (grad * gain).mul_(scale)
+        along.mul_(scale).mul_(scale).mul_(scale).div_(ctx.divisor)
+        return out.addcmul_(x, along, value=-1), grad_gain, None, None
+
+
+def _scale(x, divisor, eps):
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    return squares.div_(divisor).add_(eps).rsqrt_()
+
+
+def _scaled(x, gain, scale):
+    if gain is None:
+        return x * scale
+    return x * (scale * gain) if gain.shape[-1] == 1 else (x * scale).mul_(gain)
+
+
+def _normalise(x, gain, divisor, eps):
+    if torch.is_grad_enabled():
+        return Normalise.apply(x, gain, divisor, eps)
+    return _scaled(x, gain, _scale(x, divisor, eps))
 
 
 def _composed_by_torch(x):
@@ -46,16 +72,18 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         x = x.to(self.weight.dtype)  # autocast hands over bfloat16
         if _composed_by_torch(x):
-            return Normalise.apply(x, self.weight, x.shape[-1], self.eps)
+            return _normalise(x, self.weight, x.shape[-1], self.eps)
         return super().forward(x)
 
 
-def unit(x, eps):
-    """Vectors of length one along the last axis; a zero vector stays zero."""
+def unit(x, eps, gain=None):
+    """Vectors of length one along the last axis, times `gain` (numbers per vector) if there is
+    one; a zero vector stays zero."""
     if _composed_by_torch(x):
-        return Normalise.apply(x, None, 1, eps)
+        return _normalise(x, gain, 1, eps)
     squares = x.float().pow(2).sum(-1, keepdim=True)  # float32: a sum of many small numbers
-    return x * torch.rsqrt(squares + eps).to(x.dtype)
+    scale = torch.rsqrt(squares + eps)
+    return x * (scale if gain is None else scale * gain).to(x.dtype)
 
 
 def mean_size(tokens):

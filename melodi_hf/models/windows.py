@@ -155,6 +155,22 @@ class Chunk:
         return by_distance(place[:, None] + before)
 
 
+class WritingChunk(Chunk):
+    """A chunk that leaves its window open and writes behind what that holds, in place: a token of
+    generation would otherwise copy the window in every layer. Slots behind what was read are never
+    looked at, so whoever still has the memory before this chunk sees no difference."""
+
+    def begin(self, held, fresh, dim, offset=0):
+        return held
+
+    def extend(self, held, new, dim):
+        first = held.shape[dim] - self.window_length + self.fill
+        if held.dtype != new.dtype or _is_sealed(held):
+            return super().extend(held.narrow(dim, 0, first), new, dim)
+        held.narrow(dim, first, self.tokens).copy_(new)
+        return held.narrow(dim, 0, first + self.tokens)
+
+
 class RaggedChunk(Chunk):
     """A chunk whose rows stand at different slots; some may have fewer tokens than others, or none.
 
@@ -351,6 +367,15 @@ class Plan:
         for chunk in self.chunks:
             chunk.snapshots = []
 
+    def write_in_place(self):
+        """Have a window that stays open written behind its tokens: where the memory is a cache's,
+        and nobody differentiates."""
+        chunk = self.chunks[0]
+        if chunk.fill > 0 and not chunk.closes:
+            self.chunks[0] = WritingChunk(
+                chunk.tokens, chunk.fill, chunk.tokens_read, chunk.window_length
+            )
+
     def keep_weights(self):
         """Have the chunks that have tokens keep the weights of attention."""
         for chunk in self.chunks:
@@ -435,6 +460,9 @@ class RaggedPlan(Plan):
         return sum(
             rows for rows, chunk in zip(self.sizes, self.chunks, strict=True) if chunk.closes
         )
+
+    def write_in_place(self):
+        pass  # rows are taken out of the cache, and put back
 
     def pack_tokens(self, x):
         return x.flatten(0, 1).index_select(0, self.gather)[None]
@@ -628,6 +656,11 @@ def put_rows(old, new, rows):
     slots = [max(sizes) for sizes in zip(old.shape[1:], new.shape[1:], strict=True)]
     old, new = widened(old, (len(old), *slots)), widened(new, (len(new), *slots))
     return old.to(new.dtype).index_copy(0, rows, new)
+
+
+def _is_sealed(tensor):
+    # What was made in inference mode may be written to in it alone.
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _replaced(memory, names, tensors):
