@@ -44,8 +44,10 @@ def attend(q, k, v, bias=None, *, in_order=False, dropout=0.0, eager=False):
         return _attend_plainly(q, k, v, bias, dropout)
     if trains_bias or (not dropout and skips_hidden(q, bias, in_order)):
         return RecomputedAttention.apply(q, k, v, bias, in_order)
-    if bias is not None:  # with three axes torch would take its slowest kernel
-        bias = bias.to(q.dtype)[(None,) * (4 - bias.dim())]
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        if q.device.type == "cpu":  # where torch takes its slowest kernel for three axes
+            bias = bias[(None,) * (4 - bias.dim())]
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0
     )

@@ -155,11 +155,8 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def read_chunks(self, plan, memory, *parts):
         """All cells of a call, one after the other. parts: each a list of one tensor per chunk."""
-        biases, pieces = {}, []
+        bias, pieces = PositionBiases(self.position_bias), []
         for chunk, *part in zip(plan.chunks, *parts, strict=True):
-            if chunk.pattern not in biases:
-                biases[chunk.pattern] = self.position_bias(chunk)
-            bias = biases[chunk.pattern]
             piece, memory = chunk.run(self.read, self.changed_by_closing, bias, memory, *part)
             pieces.append(piece)
         return pieces, memory
@@ -187,6 +184,18 @@ class DecoderLayer(GradientCheckpointingLayer):
         memory: as training carries it; windows_read: B, closed windows of each document.
         """
         return {}
+
+
+class PositionBiases:
+    """Those of one layer in one call: chunks of equal patterns share one."""
+
+    def __init__(self, make):
+        self.make, self.known = make, {}
+
+    def __call__(self, chunk):
+        if chunk.pattern not in self.known:
+            self.known[chunk.pattern] = self.make(chunk)
+        return self.known[chunk.pattern]
 
 
 class DecoderPreTrainedModel(PreTrainedModel):

@@ -150,17 +150,12 @@ class CompressiveLayer(DecoderLayer):
 
     def read(self, chunk, bias, memory, q, k, v, x):
         """One cell: q, k, v: B H T K; x: B T D -> what was attended to (B H T K), the memory."""
-        keys, values = chunk.begin(
-            (memory.keys, memory.values),
-            lambda: tuple(t[:, :, : self.slots] for t in (memory.keys, memory.values)),
-            2,
-            self.slots,
-        )
+        keys, values = chunk.so_far((memory.keys, memory.values), 2, self.slots)
         keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
         attended = self.self_attn(
             q, keys, values, bias, self.slots, self.filled(keys), chunk.in_order, chunk.weights
         )
-        inputs = chunk.extend(*chunk.begin((memory.inputs,), lambda: (x[:, :0],), 1), x, dim=1)
+        inputs = chunk.extend(*chunk.so_far((memory.inputs,), 1), x, dim=1)
         memory = memory._replace(keys=keys, values=values, inputs=inputs)
         return attended, self.close(memory, chunk) if chunk.closes else memory
 

@@ -102,7 +102,7 @@ class ElasticMemoryLayer(SlidingWindowLayer):
 
     def read(self, chunk, bias, memory, q, k, v):
         """One cell: q, k, v: B H T K -> what was attended to (B H T K), the next memory."""
-        keys, values = chunk.begin_at_cost(
+        keys, values = chunk.begin(
             (memory.keys, memory.values), lambda: self.recall(memory, chunk), 2, self.past
         )
         keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)

@@ -198,7 +198,7 @@ class MelodiLayer(DecoderLayer):
         attended = self.consult_queue(q, attended, memory, chunk)
         h = h + self.self_attn.o_proj(merge_heads(attended))
         h = h + self.dropout(self.mlp(self.post_attention_layernorm(h)))
-        outputs = chunk.extend(*chunk.begin((memory.outputs,), lambda: (h[:, :0],), 1), h, dim=1)
+        outputs = chunk.extend(*chunk.so_far((memory.outputs,), 1), h, dim=1)
         memory = memory._replace(
             keys=chunk.trim(keys, 2, num_short),
             values=chunk.trim(values, 2, num_short),

@@ -13,8 +13,7 @@ from torch import nn
 class Normalise(torch.autograd.Function):
     """gain x / sqrt(sum(x²) / divisor + ε) over the last axis; float32 or wider.
 
-    gain: a number per channel, one per vector in a shape that broadcasts to x and ends with 1, or
-    None.
+    gain: numbers in a shape that broadcasts to x, be it one per channel or one per vector; or None.
     """
 
     @staticmethod
@@ -35,10 +34,14 @@ class Normalise(torch.autograd.Function):
             along = torch.linalg.vecdot(grad, x).unsqueeze_(-1)
             grad_gain = (along * scale).sum_to_size(gain.shape)
             along, out = along * gain, grad * (scale * gain)
-        else:
+        elif gain.dim() == 1:
             products = grad * x
             grad_gain = scale.flatten() @ products.flatten(0, -2)
             along, out = (products @ gain).unsqueeze_(-1), (grad * gain).mul_(scale)
+        else:
+            scaled = grad * gain
+            grad_gain = (grad * x).mul_(scale).sum_to_size(gain.shape)
+            along, out = torch.linalg.vecdot(scaled, x).unsqueeze_(-1), scaled.mul_(scale)
         along.mul_(scale).mul_(scale).mul_(scale).div_(ctx.divisor)
         return out.addcmul_(x, along, value=-1), grad_gain, None, None
 

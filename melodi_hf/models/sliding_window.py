@@ -87,8 +87,8 @@ class SlidingWindowLayer(DecoderLayer):
 
     def read(self, chunk, bias, memory, q, k, v):
         """One cell: q, k, v: B H T K -> what was attended to (B H T K), the next memory."""
-        past, held = self.past, (memory.keys, memory.values)
-        keys, values = chunk.begin(held, lambda: tuple(t[:, :, :past] for t in held), 2, past)
+        past = self.past
+        keys, values = chunk.so_far((memory.keys, memory.values), 2, past)
         keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
         filled = self.filled_slots(chunk)
         attended = self.self_attn(

@@ -88,8 +88,10 @@ class Chunk:
     def run(self, cell, changed, bias, memory, *parts):
         """One cell, `cell(chunk, bias, memory, *parts) -> (output, memory)`, for the chunk's rows.
 
-        changed: names of the memory's fields that differ when a window was closed.
+        changed: names of the memory's fields that differ when a window was closed; bias: gives a
+        chunk its position bias (`PositionBiases`).
         """
+        bias = bias(self)
         if self.rows is None:
             return cell(self, bias, memory, *parts)
         chosen = type(memory)(*(tensor.index_select(0, self.rows) for tensor in memory))
@@ -105,18 +107,15 @@ class Chunk:
         if self.snapshots is not None:
             self.snapshots.append(memory)
 
-    def begin(self, held, fresh, dim, offset=0):
-        """What the window holds, `fresh()` if the chunk begins it; `held`, `fresh()`: tuples.
-
-        `offset` slots along `dim` precede the window's own.
-        """
-        if self.fill == 0:
-            return fresh()
+    def so_far(self, held, dim, offset=0):
+        """What the window holds, behind `offset` slots along `dim` that are not its own; a tuple of
+        tensors, as `held`."""
         return tuple(tensor.narrow(dim, 0, offset + self.fill) for tensor in held)
 
-    def begin_at_cost(self, held, fresh, dim, offset=0):
-        """As `begin`, for a `fresh` that is better not called without need."""
-        return self.begin(held, fresh, dim, offset)
+    def begin(self, held, fresh, dim, offset):
+        """The same where the first `offset` slots are made when the window begins: by `fresh()`,
+        which is better not called without need."""
+        return fresh() if self.fill == 0 else self.so_far(held, dim, offset)
 
     def where_opened(self, held, fresh):
         """What stays the same throughout a window: `fresh()` in the rows whose window begins here,
@@ -160,7 +159,7 @@ class WritingChunk(Chunk):
     generation would otherwise copy the window in every layer. Slots behind what was read are never
     looked at, so whoever still has the memory before this chunk sees no difference."""
 
-    def begin(self, held, fresh, dim, offset=0):
+    def so_far(self, held, dim, offset=0):
         return held
 
     def extend(self, held, new, dim):
@@ -211,15 +210,12 @@ class RaggedChunk(Chunk):
     def closing(self):
         return self.is_closing
 
-    def begin(self, held, fresh, dim, offset=0):
-        width = offset + self.window_length
-        held = tuple(widen(tensor, dim, width) for tensor in held)
-        if not self.opens:
-            return held
-        return tuple(
-            torch.where(_rows(self.is_opening, old), widen(new, dim, width).to(old.dtype), old)
-            for old, new in zip(held, fresh(), strict=True)
-        )
+    def so_far(self, held, dim, offset=0):
+        return tuple(widen(tensor, dim, offset + self.window_length) for tensor in held)
+
+    def begin(self, held, fresh, dim, offset):
+        held = self.so_far(held, dim, offset)
+        return self._opened(held, self.so_far(fresh(), dim, offset)) if self.opens else held
 
     def where_opened(self, held, fresh):
         return self._opened(held, fresh()) if self.opens else held
@@ -271,14 +267,26 @@ class StepChunk(RaggedChunk):
     """A token of each row inside a compiled graph, which decides when it runs whether any row
     begins a window."""
 
+    def writing(self):
+        """The chunk that does the same in place."""
+        return WritingStepChunk(
+            self.tokens,
+            self.slots_read,
+            self.count,
+            self.tokens_read,
+            self.window_length,
+            closes=self.closes,
+        )
+
     def where_opened(self, held, fresh):
         if not all(tensor.numel() for tensor in held):  # as training carries it between windows
             return super().where_opened(held, fresh)
         return self._if_any_opens(held, lambda held: self._opened(held, fresh()))
 
-    def begin_at_cost(self, held, fresh, dim, offset=0):
-        held = tuple(widen(tensor, dim, offset + self.window_length) for tensor in held)
-        return self._if_any_opens(held, lambda held: self.begin(held, fresh, dim, offset))
+    def begin(self, held, fresh, dim, offset):
+        held = self.so_far(held, dim, offset)
+        begin = super().begin
+        return self._if_any_opens(held, lambda held: begin(held, fresh, dim, offset))
 
     def _if_any_opens(self, held, make):
         shapes = [tensor.shape for tensor in held]
@@ -295,6 +303,33 @@ class StepChunk(RaggedChunk):
         return tuple(new.view(shape) for new, shape in zip(chosen, shapes, strict=True))
 
 
+class WritingStepChunk(StepChunk):
+    """The same where the memory is a static cache's: the token is written into its tensors, and a
+    compiled step copies no window."""
+
+    def so_far(self, held, dim, offset=0):
+        return held
+
+    def begin(self, held, fresh, dim, offset):
+        before = tuple(tensor.narrow(dim, 0, offset) for tensor in held)
+        made = self._if_any_opens(before, lambda before: self._opened(before, fresh()))
+        for old, new in zip(before, made, strict=True):
+            old.copy_(new)
+        return held
+
+    def extend(self, held, new, dim):
+        if held.dtype != new.dtype:
+            return super().extend(held, new, dim)
+        slot = self.slots_read % self.window_length + held.shape[dim] - self.window_length
+        place = (torch.arange(len(slot), device=slot.device), *[slice(None)] * (dim - 1), slot)
+        new = new.squeeze(dim)
+        held[place] = torch.where(_rows(self.count > 0, new), new, held[place])
+        return held
+
+    def trim(self, extended, dim, offset=0):
+        return extended  # itself, by which the cache knows that it has it
+
+
 class ClosingChunk(RaggedChunk):
     """No tokens: the rows whose window is full close it. Run only if there are any, which a
     compiled graph decides when it runs."""
@@ -309,25 +344,25 @@ class ClosingChunk(RaggedChunk):
         return (self.tokens_read - 1) // self.window_length  # the full window is still open
 
     def run(self, cell, changed, bias, memory, *parts):
-        operands = (bias, *(getattr(memory, name) for name in changed), *parts)
+        operands = (*(getattr(memory, name) for name in changed), *parts)
         shapes, count = [operand.shape for operand in operands], len(changed)
 
         def close(*flat):
-            bias, *rest = (part.view(shape) for part, shape in zip(flat, shapes, strict=True))
-            held = _replaced(memory, changed, rest[:count])
-            output, new = cell(self, bias, held, *rest[count:])
+            given = [part.view(shape) for part, shape in zip(flat, shapes, strict=True)]
+            held = _replaced(memory, changed, given[:count])
+            output, new = cell(self, bias.make(self), held, *given[count:])
             return output.flatten(), *(getattr(new, name).flatten().clone() for name in changed)
 
         def leave(*flat):
-            output, old = flat[count + 1], flat[1 : count + 1]
+            output, old = flat[count], flat[:count]
             return torch.zeros_like(output), *(part.clone() for part in old)
 
         # Flat, since torch may lay out anew what has several axes on its way into a branch.
         flat = tuple(operand.flatten() for operand in operands)
         output, *new = torch.cond(self.is_closing.any(), close, leave, flat)
-        pairs = zip(new, shapes[1 : count + 1], strict=True)
+        pairs = zip(new, shapes[:count], strict=True)
         new = [part.view(shape) for part, shape in pairs]
-        return output.view(shapes[count + 1]), _replaced(memory, changed, new)
+        return output.view(shapes[count]), _replaced(memory, changed, new)
 
 
 class Plan:
@@ -462,7 +497,10 @@ class RaggedPlan(Plan):
         )
 
     def write_in_place(self):
-        pass  # rows are taken out of the cache, and put back
+        # A step alone: the rows of other chunks are taken out of the cache, and put back.
+        self.chunks = [
+            chunk.writing() if isinstance(chunk, StepChunk) else chunk for chunk in self.chunks
+        ]
 
     def pack_tokens(self, x):
         return x.flatten(0, 1).index_select(0, self.gather)[None]
