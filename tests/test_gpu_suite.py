@@ -6,16 +6,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.nn.attention import flex_attention
 
 from benchmarks import gpu_suite
-from benchmarks.gpu_suite import TINY, Bench, Part, Training, figures, run_all, run_part
+from benchmarks.gpu_parts import decoding, reading, training, waiting
+from benchmarks.gpu_parts.attention import BUCKETS, WAYS, Cell, outputs_and_gradients, relative
+from benchmarks.gpu_parts.bench import TINY, Bench, OutOfTime, beside_goal
+from benchmarks.gpu_suite import Part, figures, goals, run_all, run_part, table
+from melodi_hf import MelodiCache
+from melodi_hf.models import refusals
+from melodi_hf.models.attention import HIDDEN
+from melodi_hf.models.position import RelativePosition
 
+from .models import assert_equal, assert_near
 from .parity_report import golden_files
+from .tape import captured
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_suite.py"
-COMPILED = ("compiled_layers", "compiled_model")
+COMPILED = ("compiled_layers", "compiled_model", "decoding_compiled")
 NAMES = [part.function.__name__ for part in gpu_suite.PARTS]
 
 
@@ -34,32 +46,159 @@ def run_suite(folder, parts):
     return json.loads(output.read_text()), done.stdout
 
 
-def test_every_part_gives_its_figures(tmp_path):
-    parts = [name for name in NAMES if name not in COMPILED]
-    results, printed = run_suite(tmp_path, parts)
-    assert list(results) == parts
-    assert all(f"{name}: " in printed for name in parts)
-    assert results["parity"]["within the goal"]
-    assert list(results["parity"]["files"]) == [path.stem for path in golden_files()]
-    kinds = {"logits", "hidden", "layers", "loss", "state", "grads"}
-    assert set(results["parity"]["worst"]) == kinds
-    for kind in ("autocast", "bfloat16 weights"):
-        assert 0.9 < results["precision"][kind]["gradient cosine, worst"] < 1
-        assert results["precision"][kind]["gradient cosine, median of parameters"] > 0.99
-    for name in ("training", "training_checkpointed"):
-        row = results[name]["largest batch"]
-        assert row["batch"] == TINY.max_batch
-        expected = row["TFLOP/s"] / results["rates"]["matmul TFLOP/s"]
-        assert row["utilisation"] == pytest.approx(expected)
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """Results and what was printed, of all parts but the slow ones."""
+    return run_suite(tmp_path_factory.mktemp("suite"), [n for n in NAMES if n not in COMPILED])
+
+
+def test_every_part_gives_its_figures(suite):
+    results, printed = suite
+    assert list(results) == [name for name in NAMES if name not in COMPILED]
+    assert all(f"{name}: " in printed for name in results)
+    assert not [name for name, _ in figures(results) if name.endswith(("failed", "skipped"))]
+    for name in ("training", "training_dropout", "training_schedules"):
+        rows = results[name]["rows"]
+        assert {row["batch"] for row in rows} == set(TINY.batches)
+        rate = results["rates"]["matmul TFLOP/s"]
+        assert all(row["utilisation"] == pytest.approx(row["TFLOP/s"] / rate) for row in rows)
+    assert {row["logits"] for row in results["training"]["rows"]} == {"all", "not kept"}
     assert len(results["decoding"]["rows"]) == 4
     assert results["decoding"]["memory bytes equal, batch 1"]
     assert results["decoding"]["memory bytes equal, batch 2"]
+    assert len(results["prefill"]["rows"]) == len(reading.SCHEDULES) * len(TINY.pieces)
+    assert {row["model"] for row in results["peers"]["rows"]} == {*reading.NAMES, *reading.SLOW}
+    assert results["latency"]["long document, tokens"] == 1000
+
+
+def test_what_is_computed_is_right(suite):
+    results, _ = suite
+    assert list(results["parity"]["files"]) == [path.stem for path in golden_files()]
+    kinds = {"logits", "hidden", "layers", "loss", "state", "grads"}
+    assert set(results["parity"]["worst"]) == kinds
+    for name in ("parity", "schedules", "ragged"):
+        assert results[name]["largest difference"]["reached"], results[name]
+    for kind in ("autocast", "bfloat16 weights"):
+        assert 0.9 < results["precision"][kind]["gradient cosine, worst"] < 1
+        assert results["precision"][kind]["gradient cosine, median of parameters"] > 0.99
+    assert results["decoding_agrees"]["all agree"]
+    rows = [row for row in results["prefill"]["rows"] if "graph" in row["schedule"]]
+    assert all(row["relative difference from eager"] < 0.05 for row in rows)  # bfloat16
+    by_way = {row["way"]: row["error of output"] for row in results["attention"]["rows"]}
+    assert by_way.keys() == WAYS.keys()
+    assert max(by_way.values()) < 1e-6
+
+
+def test_figures_stand_beside_their_goals(suite):
+    results, printed = suite
+    with_goals = dict(goals(results))
+    assert {"training / best utilisation", "prefill / wavefront is faster, times"} < set(with_goals)
+    assert with_goals["training / best utilisation"][1] == 0.45
+    assert with_goals["decoding_replayed / share of the bandwidth at batch 1"][1] == 0.6
+    last = printed.splitlines()[-len(with_goals) :]
+    assert all(line.startswith(name) for line, name in zip(last, with_goals, strict=True))
 
 
 @pytest.mark.slow
-def test_training_step_compiles_without_a_break(tmp_path):
+def test_what_is_compiled_has_no_break(tmp_path):
     results, _ = run_suite(tmp_path, COMPILED)
-    assert [results[name]["graph breaks"] for name in COMPILED] == [0, 0]
+    told = [results[name] for name in COMPILED[:2]] + results["decoding_compiled"]["rows"]
+    assert [row["graph breaks"] for row in told] == [0, 0, 0]
+    assert all(row["graphs"] > 0 for row in told)
+    assert "share of the bandwidth at batch 1" in results["decoding_compiled"]
+
+
+def test_all_parts_but_the_last_have_their_time():
+    *parts, last = gpu_suite.PARTS
+    limit = 9 * 60 - gpu_suite.RESERVE
+    assert sum(part.at_most for part in parts) + last.needs <= limit
+    assert all(part.needs < part.at_most for part in gpu_suite.PARTS)
+
+
+def test_goals_are_reached_or_not():
+    assert beside_goal(0.5, 0.45) == {"reached": True, "value": 0.5, "goal": 0.45}
+    assert not beside_goal(0.4, 0.45)["reached"]
+    assert beside_goal(0.4, 0.45, at_most=True)["reached"]
+    assert beside_goal(None, 0.45)["reached"] is None
+    printed = table({"a": {"b": beside_goal(0.4, 0.45)}}).splitlines()
+    assert printed[-1].split() == ["a", "/", "b", "0.4", "0.45", "False"]
+
+
+# Graphs: on a CPU their operations are recorded and done again.
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Tensors are looked at no more than on a GPU, and graphs are tapes."""
+    monkeypatch.setattr(refusals, "_is_free_to_look_at", lambda ids: False)
+    monkeypatch.setattr(decoding, "captured", captured)
+
+
+@pytest.mark.parametrize("hides", [False, True])
+@torch.inference_mode()
+def test_replayed_pieces_read_a_document(graphs, hides):
+    bench = Bench(TINY, 60)
+    model, document = bench.model(mask_empty_memory=hides).eval(), bench.ids(1, 6 * 16)
+    piece = reading.ReplayedPiece(model, 32)
+    replay = captured(piece.run)
+    for _ in range(2):  # it begins anew
+        piece.begin()
+        cache = MelodiCache(model.config)
+        for part in document.split(32, dim=1):
+            piece.ids.copy_(part)
+            replay()
+            assert_near(piece.logits, reading.read(model, cache, part, 32))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_replayed_steps_are_those_of_eager_decoding(graphs, batch):
+    bench = Bench(TINY, 60)
+    model, ids = bench.model(mask_empty_memory=batch > 1).eval(), bench.ids(batch, 2 * 16 + 14)
+    stepping, cache = decoding.Stepping(bench, model, ids), MelodiCache(model.config)
+    reading.read(model, cache, ids, len(ids[0]))
+    stepping.bench = SimpleNamespace(is_cuda=True)
+    stepping.capture()
+    for _ in range(40):
+        wanted = reading.read(model, cache, stepping.token, 1)
+        stepping.advance()
+        assert_near(stepping.logits, wanted)
+        assert_equal(stepping.token, wanted.argmax(-1))
+
+
+def test_a_step_within_a_window_leaves_the_model_as_it_was():
+    bench = Bench(TINY, 60)
+    model = bench.model()
+    with decoding.within_a_window(model):
+        assert model.model.make_plan is decoding.OpenPlan
+    assert model.model.make_plan is type(model.model).make_plan
+
+
+def test_a_cell_has_the_bias_and_the_mask_of_the_library():
+    cell = Cell(Bench(TINY, 60), (1, 2, 20, 24, 16), torch.float32)
+    config = Bench(TINY, 60).config(relative_attention_num_buckets=BUCKETS)
+    position = RelativePosition(config)
+    position.weight.data.copy_(cell.table.data)
+    distance = torch.arange(20)[:, None] + 4 - torch.arange(24)
+    assert_near(cell.bias(cell.table), position(distance).masked_fill(distance <= 0, HIDDEN))
+
+
+@pytest.mark.filterwarnings(  # both are torch's own, where FlexAttention is not compiled
+    "ignore:flex_attention called without torch.compile", "ignore:The .grad attribute of a Tensor"
+)
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_of_a_cell_has_the_gradients_of_the_exact_one(monkeypatch, name):
+    """Also FlexAttention's, whose backward torch refuses on a CPU, though it is there."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    cell = Cell(Bench(TINY, 60), (2, 2, 20, 24, 16), torch.float32)
+    twin = cell.exact()
+    exact = outputs_and_gradients(WAYS["written out"][0](twin), twin)
+    assert all(tensor.dtype == torch.float64 for tensor in exact)
+    found = outputs_and_gradients(WAYS[name][0](cell), cell)
+    assert max(map(relative, found, exact)) < 1e-6
+
+
+# Failures.
 
 
 def fails(bench, found):
@@ -73,9 +212,14 @@ def never_ends(bench, found):
         time.sleep(0.01)
 
 
+def hangs(bench, found):
+    """As a call into a library that no signal interrupts."""
+    bench.hung.wait()
+
+
 def test_failure_is_recorded_and_the_next_part_runs(tmp_path):
     output = tmp_path / "new" / "suite.json"
-    parts = (Part(fails, 0, 10), Part(gpu_suite.environment, 0, 30))
+    parts = (Part(fails, 0, 10), Part(gpu_suite.correctness.environment, 0, 30))
     run_all(parts, Bench(TINY, 60), output)
     results = json.loads(output.read_text())
     assert results["fails"]["error"] == "RuntimeError: no such kernel"
@@ -89,6 +233,31 @@ def test_failure_is_the_exit_status(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_suite, "PARTS", (Part(never_ends, 0, 0.1),))
     assert gpu_suite.main(["--tiny", "--output", str(tmp_path / "suite.json")]) == 0
     assert "no such kernel" in capsys.readouterr().out
+
+
+def test_a_device_that_does_not_recover_is_left_to_a_new_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "still_works", lambda bench: False)
+    parts, begun = (Part(fails, 0, 10), Part(gpu_suite.rates, 0, 30)), []
+    run_all(parts, Bench(TINY, 60), tmp_path / "suite.json", begun.append)
+    assert begun == [["rates"]]
+
+
+def test_a_new_process_goes_on_with_what_was_found(tmp_path):
+    output = tmp_path / "suite.json"
+    output.write_text(json.dumps({"parity": {"error": "unspecified launch failure"}}))
+    given = ["--tiny", "--go-on", "--output", str(output), "--minutes", "1"]
+    assert gpu_suite.main([*given, "--parts", "environment"]) == 1
+    assert list(json.loads(output.read_text())) == ["parity", "environment"]
+
+
+def test_a_part_that_does_not_come_back_is_given_up(tmp_path, monkeypatch):
+    """The thread writes what it knows and begins anew with the rest."""
+    monkeypatch.setattr(gpu_suite, "GRACE", 0.05)
+    bench, begun, output = Bench(TINY, 60), [], tmp_path / "suite.json"
+    watch = gpu_suite.watched(Part(hangs, 0, 0.05), bench, output, lambda: begun.append("anew"))
+    watch.join(10)
+    assert begun == ["anew"]
+    assert "did not come back" in json.loads(output.read_text())["hangs"]["error"]
 
 
 def test_part_that_takes_too_long_is_stopped_and_keeps_what_it_found():
@@ -105,33 +274,48 @@ def test_part_is_not_begun_without_the_time_it_needs():
     assert found == {"skipped": "it needs 10 s, 5 s were left"}
 
 
-class Pretended(Training):
-    """Batches up to `room` fit."""
+def test_a_batch_that_does_not_fit_is_told(monkeypatch):
+    run = training.Training(Bench(TINY, 60))
 
-    def __init__(self, bench, room):
-        self.bench, self.room, self.tried = bench, room, []
+    def no_room(*_):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
-    def attempt(self, batch, steps=1):
-        row = {"batch": batch, "seconds of the attempt": 0.0}
-        if batch > self.room:
-            row["failed"] = "out of memory"
-        self.tried.append(row)
-        return row
-
-
-@pytest.mark.parametrize(("room", "found"), [(0, 0), (1, 1), (3, 3), (10, 10), (29, 28), (999, 64)])
-def test_search_finds_the_largest_batch_to_an_eighth(room, found):
-    bench = Bench(TINY._replace(max_batch=64), 60)
-    run = Pretended(bench, room)
-    assert run.largest_batch() == found
-    assert len(run.tried) <= 10
+    monkeypatch.setattr(run, "step", no_room)
+    assert run.attempt(64)["failed"] == "RuntimeError: CUDA out of memory."
+    assert run.best() is None
+    found = {}
+    training.tell_best(found, run)
+    assert found == {}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        training.require_one(run)
 
 
-def test_search_ends_when_time_does():
-    run = Pretended(Bench(TINY._replace(max_batch=64), 0.0), 64)
-    assert run.largest_batch() == 1
+def test_what_was_compared_before_time_was_up_is_kept(monkeypatch):
+    read_replayed = reading.read_replayed
+
+    def interrupted(bench, model, ids, piece, row):
+        if piece == TINY.pieces[-1]:
+            raise OutOfTime
+        read_replayed(bench, model, ids, piece, row)
+
+    monkeypatch.setattr(reading, "read_replayed", interrupted)
+    found = run_part(Part(reading.prefill, 0, 30), Bench(TINY, 60))
+    assert found["skipped"].startswith("stopped after")
+    assert found["wavefront is faster, times"]["value"] == found["layers / wavefront"] > 0
 
 
-def test_figures_leave_out_the_attempts_of_a_search():
-    results = {"training": {"tried": [{"batch": 1}], "largest": {"batch": 2}}, "rows": [{"a": 3}]}
-    assert dict(figures(results)) == {"training / largest / batch": 2, "rows / 0 / a": 3}
+def test_waits_are_counted_by_place(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with waiting.waits(SimpleNamespace(is_cuda=True)) as places:
+        for _ in range(3):
+            waiting.warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    assert modes == ["warn", "default"]
+    assert [name.partition(":")[0] for name in places] == ["tests/test_gpu_suite.py"]
+    assert places.total() == 3
+
+
+def test_figures_leave_out_files_and_traces():
+    results = {"parity": {"files": {"a": {"b": 1}}, "worst": {"b": 2}}, "rows": [{"a": 3}]}
+    assert dict(figures(results)) == {"parity / worst / b": 2, "rows / 0 / a": 3}

@@ -224,6 +224,40 @@ def test_a_loss_that_nobody_differentiates_costs_no_gradient(monkeypatch):
     assert not products
 
 
+class Casts(TorchDispatchMode):
+    """How often a tensor of a shape was made in bfloat16."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and made.dtype == torch.bfloat16:
+            self.count += sorted(made.shape) == sorted(self.shape)
+        return made
+
+
+def test_loss_without_logits_brings_the_head_to_the_precision_of_autocast_once(monkeypatch):
+    """However many parts it is computed in; the numbers are those of autocast."""
+    monkeypatch.setattr(loss, "CHUNK_OF_PRODUCTS", 10 * 50)
+    hidden, weight = torch.randn(100, 6).requires_grad_(), torch.randn(50, 6).requires_grad_()
+    target = torch.randint(50, (100,))
+    with torch.autocast("cpu", torch.bfloat16), Casts(weight.shape) as casts:
+        found = LinearCrossEntropy.apply(hidden, weight, target, -100, True)
+        found.backward()
+    assert casts.count == 1
+    ours = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = hidden @ weight.T
+    plain = functional.cross_entropy(logits.float(), target, reduction="sum")
+    plain.backward()
+    assert_near(found / len(target), plain / len(target))
+    for lean, exact in zip(ours, (hidden.grad, weight.grad), strict=True):
+        assert_near(lean, exact, atol=0.01 * exact.abs().max().item())
+
+
 def test_loss_of_large_logits_is_finite():
     logits = torch.tensor([[[1e4, 0.0], [0.0, -1e4]]], requires_grad=True)
     found = causal_lm_loss(logits, None, 2, shift_labels=torch.tensor([[1, 0]]))

@@ -108,7 +108,7 @@ class EndedRows(StoppingCriteria):
             self.criteria.append(StopStringCriteria(kwargs["tokenizer"], words))
         end = setting(model, kwargs, "eos_token_id", args)
         self.end = [] if end is None else [end] if isinstance(end, int) else [int(i) for i in end]
-        self.ended = self.ended_before = None
+        self.ended = self.ended_before = self.end_ids = None
 
     def __call__(self, input_ids, scores, **kwargs):
         last = input_ids[:, -1]
@@ -118,7 +118,9 @@ class EndedRows(StoppingCriteria):
         self.ended_before = torch.zeros_like(stops) if self.ended is None else self.ended
         self.ended = self.ended_before | stops
         if self.end:
-            self.ended = self.ended | torch.isin(last, torch.tensor(self.end, device=last.device))
+            if self.end_ids is None:  # once: to bring numbers to a GPU makes the host wait for it
+                self.end_ids = torch.tensor(self.end, device=last.device)
+            self.ended = self.ended | torch.isin(last, self.end_ids)
         return stops
 
     def before_last(self, ids):

@@ -57,10 +57,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
-        sums, product = [], _Product(hidden, weight, rows)
+        matrix = weight.to(_product_type(weight))
+        sums, product = [], _Product(matrix, min(rows, len(hidden)))
         for first in range(0, len(hidden), rows):
             part = slice(first, first + rows)
-            x, chosen, scale = hidden[part], target[part, None], counted[part, None].float()
+            x = hidden[part].to(matrix.dtype)
+            chosen, scale = target[part, None], counted[part, None].float()
             logits = product(x)
             wanted, most = logits.gather(-1, chosen), logits.amax(-1, keepdim=True)
             softmax = logits.sub_(most).exp_()  # in place: pages that are new cost more than sums
@@ -69,9 +71,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             if not (needs_hidden or needs_weight):
                 continue
             softmax = softmax.mul_(scale / total)
-            error = softmax.scatter_add_(-1, chosen, -scale).to(hidden.dtype)
+            error = softmax.scatter_add_(-1, chosen, -scale).to(matrix.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = error @ weight
+                grad_hidden[part] = error @ matrix
             if grad_weight is not None:
                 _add_product(grad_weight, error.T, x)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -92,23 +94,30 @@ class LinearCrossEntropy(torch.autograd.Function):
 class _Product:
     """Logits of a few rows after the other, in float32: on a CPU in the same place each time."""
 
-    def __init__(self, hidden, weight, rows):
-        exact = hidden.dtype == weight.dtype == torch.float32
-        in_place = exact and hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        self.weight = weight
-        self.place = hidden.new_empty(min(rows, len(hidden)), len(weight)) if in_place else None
+    def __init__(self, matrix, rows):
+        in_place = matrix.dtype == torch.float32 and matrix.device.type == "cpu"
+        self.matrix = matrix
+        self.place = matrix.new_empty(rows, len(matrix)) if in_place else None
 
     def __call__(self, x):
         if self.place is None:
-            return (x @ self.weight.T).float()
-        return torch.mm(x, self.weight.T, out=self.place[: len(x)])
+            return (x @ self.matrix.T).float()
+        return torch.mm(x, self.matrix.T, out=self.place[: len(x)])
+
+
+def _product_type(weight):
+    # That autocast would bring both factors of each product to, copying all of `weight` each time.
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def _add_product(total, left, right):
-    if torch.is_autocast_enabled(total.device.type):  # which has no product in place
-        total += left @ right
-    else:
+    if left.dtype == total.dtype:
         total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _chunk(tensor, on_a_cpu):

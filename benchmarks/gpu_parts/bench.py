@@ -1,0 +1,219 @@
+"""What the parts of the suite share: sizes, the device with its clock, time that is left, goals."""
+
+import gc
+import signal
+import statistics
+import time
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from melodi_hf import MelodiConfig, MelodiForCausalLM
+
+GIB = 1 << 30
+ROUNDS = 7  # of a measured rate, whose median is taken
+
+
+class Sizes(NamedTuple):
+    """How large everything is."""
+
+    config: dict
+    segment: int  # tokens
+    batches: tuple[int, ...]  # of training
+    small_batches: tuple[int, ...]  # of training, where the schedule matters
+    steps: int  # timed, of training
+    matmul_size: int
+    matmul_dtype: torch.dtype
+    copied_bytes: int
+    document: int  # tokens
+    pieces: tuple[int, ...]  # tokens of a call, whole windows
+    decoded: int  # tokens, amid which a window is closed
+    decoded_after: tuple[int, ...]  # tokens read
+    decoded_batches: tuple[int, ...]
+    documents: tuple[int, int]  # tokens before which latencies are compared
+    compile_backend: str
+    cells: tuple[tuple[int, ...], ...]  # of attention: rows, heads, queries, keys, channels
+    peers: str  # size of the peers' models
+    peer_lengths: tuple[int, ...]  # tokens
+
+
+FULL = Sizes(
+    config={},  # the defaults: 12 layers of 1024 channels
+    segment=4096,
+    batches=(8, 16, 32),
+    small_batches=(1, 2, 4, 8),
+    steps=3,
+    matmul_size=8192,
+    matmul_dtype=torch.bfloat16,
+    copied_bytes=4 * GIB,
+    document=65536,
+    pieces=(4096, 16384, 65536),
+    decoded=64,
+    decoded_after=(4096, 65536),
+    decoded_batches=(1, 16),
+    documents=(4_000, 1_000_000),
+    compile_backend="inductor",
+    cells=((8, 16, 640, 768, 64), (32, 16, 640, 768, 64), (16, 8, 640, 768, 128)),
+    peers="paper",
+    peer_lengths=(1 << 12, 1 << 14, 1 << 16, 1 << 18),
+)
+TINY = Sizes(
+    config={
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "window_length": 16,
+        "num_summary_tokens": 4,
+        "num_short_memory_tokens": 4,
+        "long_memory_layers": (1,),
+        "num_long_memory_tokens": 2,
+        "long_memory_windows": 4,
+    },
+    segment=32,
+    batches=(1, 2),
+    small_batches=(1, 2),
+    steps=2,
+    matmul_size=128,
+    matmul_dtype=torch.float32,
+    copied_bytes=1 << 20,
+    document=128,
+    pieces=(32, 64),
+    decoded=20,
+    decoded_after=(32, 64),
+    decoded_batches=(1, 2),
+    documents=(40, 1000),
+    compile_backend="eager",
+    cells=((2, 2, 20, 24, 16),),
+    peers="tiny",
+    peer_lengths=(32, 64),
+)
+
+
+class OutOfTime(BaseException):
+    """No `Exception`: what catches those must not catch this."""
+
+
+class Bench:
+    """The device, the sizes, the results so far, and the time that is left."""
+
+    def __init__(self, sizes, seconds):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.is_cuda = self.device.type == "cuda"
+        self.sizes, self.results = sizes, {}
+        self.end = self.part_end = time.perf_counter() + seconds
+
+    def left(self):
+        """Seconds that the running part still has."""
+        return self.part_end - time.perf_counter()
+
+    def now(self):
+        """The time, once the device has done what it was given."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(self, work):
+        start = self.now()
+        work()
+        return self.now() - start
+
+    def median_seconds(self, work, rounds=ROUNDS):
+        """After two rounds to warm up."""
+        for _ in range(2):
+            work()
+        return statistics.median(self.seconds(work) for _ in range(rounds))
+
+    def free(self):
+        """Give back what nothing holds any more, and forget the peak."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gib(self):
+        """The most memory that tensors held since `free`; None on a CPU."""
+        return torch.cuda.max_memory_allocated() / GIB if self.is_cuda else None
+
+    def rate(self, name):
+        """Of what the device reached in the part `rates`, per second; None if it was not run."""
+        rate = self.results.get("rates", {}).get(name)
+        return None if rate is None else rate * (1e12 if name.startswith("matmul") else 1e9)
+
+    def share(self, amount, seconds, name):
+        """Of a rate, that `amount` in `seconds` is; None if the rate is not known."""
+        rate = self.rate(name)
+        return None if rate is None else amount / seconds / rate
+
+    def config(self, **changes):
+        """Without dropout, unless told otherwise."""
+        return MelodiConfig(
+            **{"dropout": 0.0, "attention_dropout": 0.0} | self.sizes.config | changes
+        )
+
+    def model(self, **changes):
+        """The same random model at each call, on the device."""
+        torch.manual_seed(0)
+        with self.device:
+            return MelodiForCausalLM(self.config(**changes))
+
+    def ids(self, batch, tokens):
+        return torch.randint(1, self.config().vocab_size, (batch, tokens), device=self.device)
+
+    @contextmanager
+    def limited_to(self, seconds):
+        """Stop what is inside with `OutOfTime`."""
+
+        def stop(*_):
+            raise OutOfTime
+
+        self.part_end = min(self.end, time.perf_counter() + seconds)
+        previous = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 0.001))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+
+
+def captured(work):
+    """`work` as a CUDA graph -> what replays it.
+
+    It reads and writes the tensors that it found: whoever holds the graph must hold them, too.
+    """
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # libraries choose kernels and take workspaces here
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def beside_goal(value, goal, at_most=False):
+    """A figure, what it should be at least (or at most), and whether it is; None where it was not
+    measured."""
+    reached = None if value is None else value <= goal if at_most else value >= goal
+    return {"reached": reached, "value": value, "goal": goal}
+
+
+def one_line(error):
+    """What an error says first."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+@contextmanager
+def noted(row):
+    """An error inside is written into the row, and what follows goes on."""
+    try:
+        yield
+    except Exception as error:
+        row["failed"] = one_line(error)
