@@ -9,7 +9,9 @@ matrix products, or its bytes over the rate of reading as many (`melodi_hf.model
 between the phases, and medians are reported. The queue is full, so that nothing is saved by its
 being empty.
 
-    training step        forward and backward of one segment, all logits and the loss; no update
+    training step        forward and backward of one segment and the loss, as the Trainer takes it
+                         (`skip_logits`); no update
+    forward              one segment in training's way without gradients, all logits
     prefill              one segment through the cache, the last logits only
     decoding step        one token of one row: its weights and memory must be read once
     closing a window     by how much the token that fills a window takes longer than the median
@@ -119,6 +121,12 @@ def full_memory(model):
     return Memory(layers, Progress(torch.tensor([tokens], device=model.device), 0))
 
 
+def train(model, ids, memory):
+    """One step, the loss without whole logits."""
+    how = {"memory": memory, "return_memory": True, "skip_logits": True}
+    model(ids, labels=ids, **how).loss.backward()
+
+
 @torch.inference_mode()
 def read(model, ids, cache):
     """The whole row in one call; the logits of its last token."""
@@ -173,9 +181,13 @@ def phases(model, size, machine):
         model.zero_grad(set_to_none=True)
 
         def step():
-            model(ids, memory=memory, return_memory=True, labels=ids).loss.backward()
+            train(model, ids, memory)
 
         return {"training step": machine.seconds(step)}
+
+    @torch.inference_mode()
+    def forward():
+        return {"forward": machine.seconds(lambda: model(ids, memory=memory, return_memory=True))}
 
     def prefill():
         fresh = cache.clone()
@@ -191,6 +203,7 @@ def phases(model, size, machine):
     number, middle = machine.dtype.itemsize, before + size.decoded // 2
     of_a_token = {"decoding step": decoding_bytes(config, middle, number)}
     found = {
+        "forward": Phase(forward, {"forward": forward_flops(config, size.segment)}, {}),
         "prefill": Phase(prefill, {"prefill": prefilled}, {}),
         "decoding": Phase(decoding, {"closing a window": closing_flops(config)}, of_a_token),
     }
@@ -273,7 +286,7 @@ def peak_of_training(request):
     memory = full_memory(model)
     for _ in range(2):
         model.zero_grad(set_to_none=True)
-        model(ids, memory=memory, return_memory=True, labels=ids).loss.backward()
+        train(model, ids, memory)
     return {
         "model, MB": round(before / 1e6),
         "above it, MB": round((machine.peak() - before) / 1e6),

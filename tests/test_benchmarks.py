@@ -33,11 +33,12 @@ def test_every_phase_has_its_share_of_the_floor(tmp_path, monkeypatch):
     result = run(speed, monkeypatch, output)
     assert [row["phase"] for row in result["rows"]] == [
         "training step",
+        "forward",
         "prefill",
         "decoding step",
         "closing a window",
     ]
-    assert all(0 < row["share of the floor"] < 1 for row in result["rows"][:3])
+    assert all(0 < row["share of the floor"] < 1 for row in result["rows"][:4])
     assert [row["its state"] for row in result["tables"]["latency"]] == ["read", "set"]
     known = tables(tmp_path)
     assert {"benchmarks/speed", "benchmarks/speed/peak", "benchmarks/speed/latency"} <= set(known)

@@ -44,6 +44,7 @@ ORDER = pytest.mark.parametrize("in_order", [False, True], ids=["any order", "in
 @pytest.mark.parametrize(("queries", "keys"), [(4, 7), (5, 5), (1, 3), (1, 1)])
 def test_attention_equals_plain_attention(monkeypatch, shape, in_order, queries, keys):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    monkeypatch.setattr(attention, "WEIGHTS_AT_ONCE", 1)  # head by head
     inputs = attention_inputs(queries, keys, shape, in_order)
     found, wanted = RecomputedAttention.apply(*inputs, in_order), plain_attention(*inputs)
     if in_order and queries == keys:  # the first query sees nothing; its callers give it zero
@@ -64,6 +65,7 @@ def test_attention_equals_plain_attention(monkeypatch, shape, in_order, queries,
 @ORDER
 def test_attention_has_the_gradient_of_its_values(monkeypatch, shape, in_order):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    monkeypatch.setattr(attention, "WEIGHTS_AT_ONCE", 1)  # head by head
     inputs = attention_inputs(3, 5, shape, in_order=False)
     if in_order:  # what is hidden stays so under small changes
         inputs = attention_inputs(3, 5, shape, in_order=True)

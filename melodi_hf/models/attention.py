@@ -20,8 +20,10 @@ from .position import RelativePosition
 # least float32 it stays finite in every format.
 HIDDEN = -3e4
 
-# Queries whose weights are held at once; a multiple of what a matrix product likes.
-QUERY_BLOCK = 192
+# Queries whose weights are held at once, and how many of those: 1 MB of float32 stays in a core's
+# cache while it is gone over again and again.
+QUERY_BLOCK = 96
+WEIGHTS_AT_ONCE = 1 << 18
 
 
 def split_heads(x, num_heads):  # B T H*K -> B H T K
@@ -89,8 +91,9 @@ class RecomputedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, in_order):
         out = torch.empty_like(q)
-        for query, key in query_blocks(q, k, in_order):
-            out[:, :, query] = _weights(q, k, bias, query, key) @ v[:, :, key]
+        for head, query, key in blocks(q, k, bias, in_order):
+            weights = _weights(q, k, bias, head, query, key)
+            out[:, head, query] = weights @ v[:, head, key]
         ctx.save_for_backward(q, k, v, bias, out)
         ctx.in_order = in_order
         return out
@@ -100,34 +103,39 @@ class RecomputedAttention(torch.autograd.Function):
         q, k, v, bias, out = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         grad_bias = torch.empty_like(bias) if ctx.needs_input_grad[3] else None
-        for query, key in query_blocks(q, k, ctx.in_order):
-            weights, g = _weights(q, k, bias, query, key), grad[:, :, query]
-            grad_v[:, :, key] += weights.transpose(-1, -2) @ g
-            scores = g @ v[:, :, key].transpose(-1, -2)
-            along = torch.linalg.vecdot(g, out[:, :, query]).unsqueeze_(-1)
+        for head, query, key in blocks(q, k, bias, ctx.in_order):
+            weights, g = _weights(q, k, bias, head, query, key), grad[:, head, query]
+            grad_v[:, head, key] += weights.transpose(-1, -2) @ g
+            scores = g @ v[:, head, key].transpose(-1, -2)
+            along = torch.linalg.vecdot(g, out[:, head, query]).unsqueeze_(-1)
             scores.sub_(along).mul_(weights)
-            grad_q[:, :, query] = scores @ k[:, :, key]
-            grad_k[:, :, key] += scores.transpose(-1, -2) @ q[:, :, query]
+            grad_q[:, head, query] = scores @ k[:, head, key]
+            grad_k[:, head, key] += scores.transpose(-1, -2) @ q[:, head, query]
             if grad_bias is not None:
-                part = grad_bias[..., query, key]
+                part = grad_bias[..., head, query, key]
                 part.copy_(_summed_to(scores, part.shape))
-                grad_bias[..., query, key.stop :] = 0
+                grad_bias[..., head, query, key.stop :] = 0
         return grad_q, grad_k, grad_v, grad_bias, None
 
 
-def query_blocks(q, k, in_order):
-    """Slices of queries, each with the slice of the keys that it may see."""
-    queries, keys = q.shape[2], k.shape[2]
+def blocks(q, k, bias, in_order):
+    """Slices of heads and of queries, each with the slice of the keys that these may see."""
+    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
     step = QUERY_BLOCK if in_order else queries
-    for first in range(0, queries, step):
-        last = min(first + step, queries)
-        seen = keys - queries + last - 1 if in_order else keys
-        yield slice(first, last), slice(0, max(seen, 1))
+    at_once = max(1, WEIGHTS_AT_ONCE // (min(step, queries) * keys * len(q)))
+    if bias.shape[-3] < heads:  # one for all
+        at_once = heads
+    for first_head in range(0, heads, at_once):
+        head = slice(first_head, first_head + at_once)
+        for first in range(0, queries, step):
+            last = min(first + step, queries)
+            seen = keys - queries + last - 1 if in_order else keys
+            yield head, slice(first, last), slice(0, max(seen, 1))
 
 
-def _weights(q, k, bias, query, key):
-    scores = q[:, :, query] @ k[:, :, key].transpose(-1, -2)
-    return scores.add_(bias[..., query, key]).softmax(-1)
+def _weights(q, k, bias, head, query, key):
+    scores = q[:, head, query] @ k[:, head, key].transpose(-1, -2)
+    return scores.add_(bias[..., head, query, key]).softmax(-1)
 
 
 def _summed_to(scores, shape):
