@@ -60,9 +60,13 @@ def held(memory, name, config, tokens_given=0):
     return layer.short if "short_memory" in name else layer.long
 
 
-def read_segment(model, input_ids, memory, start):
+def read_segment(model, input_ids, memory, start, watched=True):
     """The output of one call, what left each layer, and a list beside it: the summary tokens that
-    left each layer; or what entered the side layer, and what it made of that."""
+    left each layer; or what entered the side layer, and what it made of that. Nobody can watch the
+    layers of a model that reads by diagonals."""
+    if not watched:
+        given = {"memory": memory, "reset_memory": start, "return_memory": True}
+        return model(input_ids, labels=input_ids, **given), [], []
     left, beside = [], []
 
     def watch(module, inputs, output):
@@ -110,7 +114,7 @@ def gradients(model):
     return to_meliad(found, model.config)
 
 
-def measure(path, model=None, segments=None, with_gradients=True):
+def measure(path, model=None, segments=None, with_gradients=True, watched=True):
     """Read all segments of a golden file, or the first -> each tensor's largest difference."""
     golden, sizes = read_golden(path)
     model = model or melodi_hf.from_meliad(path)
@@ -119,14 +123,15 @@ def measure(path, model=None, segments=None, with_gradients=True):
     for segment in range(segments or sizes["num_segments"]):
         inputs = f"inputs/seg{segment}"
         ids, start = golden[f"{inputs}/input_ids"], golden[f"{inputs}/start_of_sequence"]
-        output, xs, us = read_segment(model, ids, memory, start)
+        output, xs, us = read_segment(model, ids, memory, start, watched)
         memory, tokens_given = output.memory, tokens_given + ids.shape[1]
         found = {
             f"outputs/seg{segment}/logits": output.logits,
-            f"outputs/seg{segment}/final_hidden": output.hidden_states[-1],
             f"loss/seg{segment}/mean_cross_entropy": output.loss,
         }
-        found |= named_layers(f"layers/seg{segment}", sizes, xs, us)
+        if watched:
+            found[f"outputs/seg{segment}/final_hidden"] = output.hidden_states[-1]
+            found |= named_layers(f"layers/seg{segment}", sizes, xs, us)
         state = [name for name in golden if name.startswith(f"state/seg{segment}/")]
         found |= {name: held(memory, name, model.config, tokens_given) for name in state}
         prefix = "grads" if segment == 0 else f"grads_seg{segment}"

@@ -7,6 +7,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+# In which order the cells (layer, window) of a call are read, which does not change what they are.
+# "layers": layer by layer. "wavefront": by diagonals, cells of different layers side by side; then
+# a call that cannot be read so (fewer than two whole windows, rows at different places, attentions
+# or hidden states asked for) is read layer by layer all the same, and a model that cannot (its
+# system, hooks, adapters, checkpointing, weights that are quantised or elsewhere) is refused.
+# "auto": by diagonals where that is possible and was measured to be faster (see `wavefront`).
+SCHEDULES = ("auto", "layers", "wavefront")
+
 
 def validated(cls):
     """`strict`, but what is refused at construction is refused with a `ValueError`."""
@@ -55,6 +63,7 @@ class DecoderConfig(PreTrainedConfig):
     initial_temperature: float | int = 1.0  # of attention, per head; greater is sharper
     tie_word_embeddings: bool = True
     use_cache: bool = True
+    schedule: str = "auto"  # of reading: "layers", "wavefront" (by diagonals), or either
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -91,6 +100,7 @@ class DecoderConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_act is {self.hidden_act!r}: transformers knows {', '.join(sorted(ACT2FN))}"
             )
+        refuse_unknown_schedule(self.schedule)
         buckets, distance = (
             self.relative_attention_num_buckets,
             self.relative_attention_max_distance,
@@ -104,6 +114,11 @@ class DecoderConfig(PreTrainedConfig):
     def memory_floats(self) -> int:
         """Numbers that one row (one document) carries between windows, counted as the papers do."""
         raise ValueError(f"{type(self).__name__} names no memory: use one of its subclasses")
+
+
+def refuse_unknown_schedule(schedule):
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}: it is one of {', '.join(SCHEDULES)}")
 
 
 def require_at_least(config, least, names):

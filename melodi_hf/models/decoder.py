@@ -10,7 +10,8 @@ transformers `Cache` holds them (`past_key_values`). In training, `memory` is th
 that the previous segment returned; `reset_memory` marks rows that begin a new document.
 
 The schedule is layer by layer: a layer reads all windows of the call before the next layer starts,
-so that hooks, FSDP, checkpointing and device maps find one call per layer.
+so that hooks, FSDP, checkpointing and device maps find one call per layer. Where nothing of that
+kind is there, windows may be read diagonal by diagonal instead (`wavefront`, `config.schedule`).
 """
 
 import math
@@ -61,6 +62,7 @@ from .refusals import (
     refuse_unforgettable,
     refuse_unknown_ids,
 )
+from .wavefront import read_diagonally, reads_diagonally
 from .windows import Progress, make_plan
 
 
@@ -111,6 +113,14 @@ class DecoderLayer(GradientCheckpointingLayer):
     # The kinds that sum up the whole past, in which no window can be told from another.
     summaries_of_the_past: ClassVar[tuple[str, ...]] = ()
     kept_in_float32: ClassVar[tuple[str, ...]] = ()  # the fields that bfloat16 would spoil
+    # Whether all of a layer waits for what it made of the window before, not attention alone.
+    is_sequential: ClassVar[bool] = False
+    # Whether layers of this very class can be read side by side (`wavefront`). A subclass may stand
+    # among them if it names the methods that it has for itself, (*tensors, memory, chunk) -> the
+    # last of the tensors anew, or the memory; and the class the fields that only these look at.
+    stacks: ClassVar[bool] = False
+    own_steps: ClassVar[tuple[str, ...]] = ()
+    own_fields: ClassVar[tuple[str, ...]] = ()
 
     memory_type: ClassVar[type]  # the NamedTuple
     attention_map: AttentionMap
@@ -152,6 +162,14 @@ class DecoderLayer(GradientCheckpointingLayer):
     def read(self, chunk, bias, memory, *parts):
         """One cell: a chunk of one window through this layer -> what comes of it, the memory."""
         raise NotImplementedError
+
+    def open(self, memory):
+        """The memory before the first window of a call."""
+        return memory
+
+    def shut(self, memory, given):
+        """The memory after the last window of a call, which was `given` this one."""
+        return memory
 
     def read_chunks(self, plan, memory, *parts):
         """All cells of a call, one after the other. parts: each a list of one tensor per chunk."""
@@ -337,7 +355,7 @@ class DecoderModel(DecoderPreTrainedModel):
         that of the loss. None if there is nothing."""
         return None
 
-    def read(self, x, memories, plan, columns=None, offload=False):
+    def read_by_layers(self, x, memories, plan, columns=None, offload=False):
         """x: B T D -> what flows out of the last layer, and the memories after this call.
 
         columns: where to lay out what tokens attend to, if that is asked for; offload: the
@@ -389,7 +407,11 @@ class DecoderModel(DecoderPreTrainedModel):
             columns = Columns(before.progress, x.shape[1], mask, cache, window_length)
             plan.keep_weights()
         offload = cache is not None and cache.offloading
-        (x, *riding), layers = self.read(x, before.layers, plan, columns, offload)
+        watched = offload or kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if columns is None and not watched and reads_diagonally(self, plan, x):
+            (x, *riding), layers = read_diagonally(self, x, before.layers, plan)
+        else:
+            (x, *riding), layers = self.read_by_layers(x, before.layers, plan, columns, offload)
         after = Memory(layers, plan.progress)
         if mask is not None:
             x = carry_forward(x, mask, cache)

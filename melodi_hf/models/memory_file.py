@@ -38,6 +38,7 @@ FREE_FIELDS = {
     "initial_temperature",
     "tie_word_embeddings",
     "use_cache",
+    "schedule",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",

@@ -114,13 +114,13 @@ class CompressiveLayer(DecoderLayer):
         q, (k, v) = self.self_attn.queries(h), self.self_attn.keys_values(h)
         given = CompressiveMemory(*memory)
         parts = (plan.split(t, dim) for t, dim in ((q, 2), (k, 2), (v, 2), (packed, 1)))
-        attended, after = self.read_chunks(plan, self.open(given, loss), *parts)
+        attended, after = self.read_chunks(plan, self.open_beside(given, loss), *parts)
         packed = packed + self.self_attn.o_proj(merge_heads(plan.join(attended, 2)))
         packed = packed + self.dropout(self.mlp(self.post_attention_layernorm(packed)))
         loss = loss + after.loss.sum(0)
         return plan.unpack_tokens(packed), loss, *self.shut(after, given)
 
-    def open(self, memory, loss):
+    def open_beside(self, memory, loss):
         """Before the first window of a call: in training states are projected anew."""
         memory = memory._replace(loss=loss.new_zeros(memory.memory.shape[0], loss.shape[0]))
         if memory.compressed.shape[1] == 0:

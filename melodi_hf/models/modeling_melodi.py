@@ -128,6 +128,8 @@ class MelodiLayer(DecoderLayer):
         "long": ("long", "long_keys", "long_values"),
     }
     long_length = 0
+    stacks = is_sequential = True
+    own_fields = ("long", "long_keys", "long_values")
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -213,7 +215,7 @@ class MelodiLayer(DecoderLayer):
     def close(self, h, outputs, memory, chunk):
         """The window is full (`outputs`: B W+U D): mix what stays of it."""
         chunk.remember(memory)
-        length = self.config.window_length
+        memory, length = self.push(outputs, memory, chunk), self.config.window_length
         summaries = self.summary_mixer(outputs, length)
         short = chunk.where_closed(self.short_mixer(outputs, length), memory.short)
         h = torch.cat((h[:, : chunk.tokens], summaries), dim=1)
@@ -224,17 +226,13 @@ class MelodiLayer(DecoderLayer):
             outputs=chunk.emptied(memory.outputs, 1),
         )
 
-    def open(self, memory):
-        """Before the first window of a call."""
-        return memory
-
-    def shut(self, memory, given):
-        """After the last window of a call."""
-        return memory
-
     def consult_queue(self, q, attended, memory, chunk):
         """Long-term memory has its turn."""
         return attended
+
+    def push(self, outputs, memory, chunk):
+        """Long-term memory takes what it wants of a full window (`outputs`: B W+U D)."""
+        return memory
 
     def figures(self, memory, windows_read):
         """short_memory_rms: the size of the short-term memory's numbers."""
@@ -245,6 +243,9 @@ class MelodiLayer(DecoderLayer):
 
 class LongTermMelodiLayer(MelodiLayer):
     """A layer with short-term and long-term memory."""
+
+    stacks = False
+    own_steps = ("consult_queue", "push")
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
@@ -293,18 +294,17 @@ class LongTermMelodiLayer(MelodiLayer):
             "queue_rms": mean_size(tokens),
         }
 
-    def close(self, h, outputs, memory, chunk):
+    def push(self, outputs, memory, chunk):
         pushed = self.long_mixer(outputs, self.config.window_length)
         keys, values = self.recall(pushed)
 
-        def push(queue, new, dim):
+        def behind(queue, new, dim):
             return chunk.where_closed(slide(queue, new, dim), queue)
 
-        h, closed = super().close(h, outputs, memory, chunk)
-        return h, closed._replace(
-            long=push(memory.long, pushed, 1),
-            long_keys=push(memory.long_keys, keys, 2),
-            long_values=push(memory.long_values, values, 2),
+        return memory._replace(
+            long=behind(memory.long, pushed, 1),
+            long_keys=behind(memory.long_keys, keys, 2),
+            long_values=behind(memory.long_values, values, 2),
         )
 
 

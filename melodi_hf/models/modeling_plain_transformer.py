@@ -24,6 +24,8 @@ from .sliding_window import SlidingWindowLayer
 class PlainTransformerLayer(SlidingWindowLayer):
     """A layer that attends to the W tokens before each token, as far as its context reaches."""
 
+    stacks = True
+
     def filled_slots(self, chunk):
         since = chunk.windows_read % self.config.context_windows
         return (torch.minimum(since, chunk.windows_held("short")) > 0) * self.past

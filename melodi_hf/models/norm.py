@@ -57,13 +57,15 @@ def _scaled(x, gain, scale):
     return x * (scale * gain) if gain.shape[-1] == 1 else (x * scale).mul_(gain)
 
 
-def _normalise(x, gain, divisor, eps):
+def normalise(x, gain, divisor, eps):
+    """`Normalise`, without its cost where nobody differentiates."""
     if torch.is_grad_enabled():
         return Normalise.apply(x, gain, divisor, eps)
     return _scaled(x, gain, _scale(x, divisor, eps))
 
 
-def _composed_by_torch(x):
+def composed_by_torch(x):
+    """Whether torch has no kernel of its own for these."""
     if torch.compiler.is_compiling():  # then a compiler composes
         return False
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
@@ -74,16 +76,16 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         x = x.to(self.weight.dtype)  # autocast hands over bfloat16
-        if _composed_by_torch(x):
-            return _normalise(x, self.weight, x.shape[-1], self.eps)
+        if composed_by_torch(x):
+            return normalise(x, self.weight, x.shape[-1], self.eps)
         return super().forward(x)
 
 
 def unit(x, eps, gain=None):
     """Vectors of length one along the last axis, times `gain` (numbers per vector) if there is
     one; a zero vector stays zero."""
-    if _composed_by_torch(x):
-        return _normalise(x, gain, 1, eps)
+    if composed_by_torch(x):
+        return normalise(x, gain, 1, eps)
     squares = x.float().pow(2).sum(-1, keepdim=True)  # float32: a sum of many small numbers
     scale = torch.rsqrt(squares + eps)
     return x * (scale if gain is None else scale * gain).to(x.dtype)

@@ -17,6 +17,7 @@ Inside a compiled graph nobody may look at how much a row has, so there a `Ragge
 chunks as could be needed.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -389,6 +390,15 @@ class Plan:
     def num_closing(self):
         """Windows of a lane that may close in this call."""
         return sum(chunk.closes for chunk in self.chunks)
+
+    def part(self, chunks):
+        """Some chunks, one after the other, as a call of their own."""
+        part, last = copy.copy(self), chunks[-1]
+        part.chunks, part.tokens_before = chunks, chunks[0].tokens_read
+        part.num_columns = sum(chunk.tokens for chunk in chunks)
+        fill = (last.fill + last.tokens) % last.window_length
+        part.progress = self.progress._replace(tokens_read=last.end, fill=fill)
+        return part
 
     def leave_out(self, forgotten):
         """Tell the chunks, and who reads on, what was taken out of the memory."""
