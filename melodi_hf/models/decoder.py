@@ -392,11 +392,8 @@ class DecoderModel(DecoderPreTrainedModel):
         before = self._memory_before(x, past_key_values, memory, reset_memory)
         mask = real_columns(attention_mask, x, past_key_values)
         refuse_packed_rows(mask, **kwargs)
-        plan = self.make_plan(before.progress, x.shape[1], mask, self.config.window_length)
         cache = past_key_values
-        if cache is not None and not return_memory and not torch.is_grad_enabled():
-            plan.write_in_place()
-        plan.leave_out(before.progress.forgotten)
+        plan = self._plan(before.progress, x, mask, None if return_memory else cache)
         if cache is not None and mask is not None and not cache.layers[0].knows_output:
             refuse_empty_rows(mask)
         if cache is not None and cache.layers[0].record_past:
@@ -423,6 +420,13 @@ class DecoderModel(DecoderPreTrainedModel):
             memory=detach(after) if return_memory else None,
             aux_loss=self.auxiliary_loss(*riding),
         )
+
+    def _plan(self, progress, x, mask, cache):
+        plan = self.make_plan(progress, x.shape[1], mask, self.config.window_length)
+        if cache is not None and not torch.is_grad_enabled():
+            plan.write_in_place()
+        plan.leave_out(progress.forgotten)
+        return plan
 
     def embed(self, input_ids, inputs_embeds):
         """B T -> B T D; either the ids or their embeddings are given."""
