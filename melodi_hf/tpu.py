@@ -61,7 +61,7 @@ class Windows(Chunk):
 
     def run(self, cell, changed, bias, memory, *parts):
         """As for one window; each of the parts, and the output, has the windows in front."""
-        module, shapes = Cell(cell), {}
+        module, shapes, bias = Cell(cell), {}, bias(self)
         names, weights = zip(*module.weights().items(), strict=True)
 
         def read(state, shared, tokens_read, *parts):

@@ -32,8 +32,7 @@ from .windows import Plan, Progress
 # "auto" reads by diagonals if there are so many cells to a step, and if a cell has no more to do
 # than this, B W D² (rows, tokens of a window, channels), without gradients and with them: then what
 # a step costs besides its products is what counts. From benchmarks/results/wavefront.json, which
-# was measured on a CPU. On a GPU nothing was measured: larger cells should gain there, too, and
-# until that is known the same rule holds.
+# was measured on a CPU; elsewhere nothing was, and "auto" reads layer by layer until it is.
 LEAST_CELLS_PER_STEP = 2.5
 MOST_WORK, MOST_WORK_TO_TRAIN = 2**23, 2**20
 
@@ -53,7 +52,8 @@ def reads_diagonally(model, plan, x):
         return False
     if schedule == "auto":
         work = len(x) * model.config.window_length * x.shape[-1] ** 2
-        is_better = model.layers[0].is_sequential and pays(num_layers, last - first, work)
+        is_known = x.device.type == "cpu" and model.layers[0].is_sequential
+        is_better = is_known and pays(num_layers, last - first, work)
         return is_better and why_not(model.layers) is None
     reason = why_not(model.layers)
     if reason is not None:
