@@ -250,7 +250,7 @@ class Attention(nn.Module):
         """Attend to `num_slots` of memory, of which each row has `filled` (`hide_empty`), and to
         the keys that follow them. bias: None if the memory is all there is, and has no positions.
         kept: a list that is given the weights, too, or None. Otherwise as `attend`."""
-        if bias is None:
+        if bias is None and q.shape[2] > 1:  # a single token costs the same in all of a document
             k, v, bias = self.without_empty(k, v, filled)
             num_slots = k.shape[2]
         bias = self.with_empty(bias, num_slots, filled)

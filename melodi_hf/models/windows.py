@@ -466,11 +466,11 @@ class Plan:
     def split(self, packed, dim, num_summary_tokens=0):
         """One piece per chunk of what was packed, the chunk's rows first."""
         sizes = [chunk.tokens + chunk.closes * num_summary_tokens for chunk in self.chunks]
-        return packed.split(sizes, dim)
+        return packed.split(sizes, dim) if len(sizes) > 1 else (packed,)
 
     def join(self, pieces, dim):
         """The way back."""
-        return torch.cat(pieces, dim)
+        return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
 
     def split_summaries(self, summaries):
         """lanes C U D -> the summary tokens of each chunk that closes, R U D."""
@@ -673,7 +673,10 @@ def banded_bias(by_distance, num_queries, num_keys, like):
     Returns H T J, on the device of `like`.
     """
     distance = num_keys - 1 - torch.arange(num_queries + num_keys - 1, device=like.device)
-    return spread_by_distance(by_distance(distance), num_queries, num_keys)
+    values = by_distance(distance)
+    if num_queries == 1:  # a token of generation
+        return values[:, None]
+    return spread_by_distance(values, num_queries, num_keys)
 
 
 def slide(queue, new, dim):
