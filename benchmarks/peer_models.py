@@ -55,8 +55,8 @@ TINY = SMALL | {
 }
 PAPER = {"vocab_size": 4096}  # and the defaults of MelodiConfig: 12 layers of 1024 channels
 SIZES = {"tiny": TINY, "small": SMALL, "paper": PAPER}
-LENGTHS = {"tiny": [32, 64], "small": [1 << 12, 1 << 14, 1 << 16]}
-LENGTHS["paper"] = [*LENGTHS["small"], 1 << 18]
+LENGTHS = {"tiny": [32, 64], "small": [1 << n for n in (12, 14, 16, 18)]}
+LENGTHS["paper"] = LENGTHS["small"]
 LONGEST = 1 << 20  # tokens, for which positions are made
 
 

@@ -1,6 +1,6 @@
 """MELODI beside a Llama, a sliding window, RecurrentGemma and Mamba2 of its size: cost and length.
 
-    python benchmarks/peers.py [--size small] [--lengths 4096 16384 65536] [--rounds 3 3 1]
+    python benchmarks/peers.py [--size small] [--lengths 4096 ... 262144] [--rounds 3 3 1]
         [--limit 180] [--threads 1] [--device cpu] [--output benchmarks/results/peers.json] [--tiny]
     python benchmarks/peers.py --size paper --device cuda
 
