@@ -167,14 +167,6 @@ def test_replayed_steps_are_those_of_eager_decoding(graphs, batch):
         assert_equal(stepping.token, wanted.argmax(-1))
 
 
-def test_a_step_within_a_window_leaves_the_model_as_it_was():
-    bench = Bench(TINY, 60)
-    model = bench.model()
-    with decoding.within_a_window(model):
-        assert model.model.make_plan is decoding.OpenPlan
-    assert model.model.make_plan is type(model.model).make_plan
-
-
 def test_a_cell_has_the_bias_and_the_mask_of_the_library():
     cell = Cell(Bench(TINY, 60), (1, 2, 20, 24, 16), torch.float32)
     config = Bench(TINY, 60).config(relative_attention_num_buckets=BUCKETS)

@@ -6,65 +6,28 @@
     decoding_replayed  one CUDA graph for the tokens within a window; the token that begins it and
                        the one that closes it run eagerly, since what they do besides happens once
                        in a window. As it is, and compiled whole
-    decoding_compiled  `generate(cache_implementation="static")` as a user calls it
+    decoding_compiled  `generate(cache_implementation="static")` as a user calls it, which keeps to
+                       the same division
 
-Inside a compiled graph nobody may look at a row's slot, so the library's compiled step decides by
+Inside a compiled graph nobody may look at a row's slot, so a step for any slot would decide by
 `torch.cond` whether a window closes, in every layer; torch leaves a graph with such a branch out of
 its CUDA graphs (`cudagraph_skips`), and asks the device for the answer each time.
 """
 
 import statistics
-from contextlib import contextmanager
 
 import torch
 from transformers import CompileConfig
 from transformers.cache_utils import StaticCache
 
 from melodi_hf import MelodiCache
+from melodi_hf.models.cache import within_windows
 from melodi_hf.models.costs import decoding_bytes, weight_bytes
-from melodi_hf.models.windows import Progress, RaggedChunk, RaggedPlan
 
 from .bench import beside_goal, captured, noted
 from .reading import read
 
 GOAL = 0.6  # of the rate of copies
-
-
-class OpenChunk(RaggedChunk):
-    """A token of rows that all stand within their windows: none begins and none is closed."""
-
-    pattern = "within a window"  # any other chunk of this kind has the same shapes
-
-    def __init__(self, tokens_read, window_length):
-        slot, one = tokens_read % window_length, torch.ones_like(tokens_read)
-        super().__init__(1, slot, one, tokens_read, window_length, closes=False, opens=False)
-        self.begins = (0, 1)
-
-
-class OpenPlan(RaggedPlan):
-    """A call of one token for each row, all of them within their windows."""
-
-    def __init__(self, progress, num_columns, mask, window_length):
-        before = progress.tokens_read
-        self.num_columns, self.batch_size = num_columns, before.shape[0]
-        self.sizes, self.chunks = [self.batch_size], [OpenChunk(before, window_length)]
-        self.tokens_before, self.progress = before, Progress(before + 1, None)
-
-    def pack_tokens(self, x):
-        return x.transpose(0, 1)  # B 1 D -> 1 B D
-
-    def unpack_tokens(self, packed):
-        return packed.transpose(0, 1)
-
-
-@contextmanager
-def within_a_window(model):
-    """Calls of one token inside take it that no window begins or closes."""
-    model.model.make_plan = OpenPlan
-    try:
-        yield
-    finally:
-        del model.model.make_plan
 
 
 class Stepping:
@@ -85,7 +48,7 @@ class Stepping:
         self.token.copy_(self.logits.argmax(-1))
 
     def open_step(self, model=None):
-        with within_a_window(self.model):
+        with within_windows(self.cache):
             self.step(model)
 
     def at_an_end(self):

@@ -10,6 +10,7 @@ counting. A window that was closed since `activate_past_recording()` is kept as 
 """
 
 import copy
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -346,6 +347,18 @@ def clone_cache(cache):
         WindowMemoryLayer._for_all_tensors(layer, lambda tensor: tensor.detach().clone())
         layer.columns = copy.deepcopy(layer.columns)
     return twin
+
+
+@contextmanager
+def within_windows(cache):
+    """Calls of one token inside take the caller's word that it begins no row's window and closes
+    none: compiled, they have no branch. A static cache knows no more than that by itself."""
+    first = cache.layers[0]
+    first.progress = first.progress._replace(within=True)
+    try:
+        yield
+    finally:
+        first.progress = first.progress._replace(within=False)
 
 
 def memory_bytes(cache) -> int:

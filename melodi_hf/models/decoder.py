@@ -38,6 +38,7 @@ from .attention import Temperature
 from .attention_map import AttentionMap, Columns
 from .cache import fetch_memory, store_memory
 from .configuration_decoder import DecoderConfig
+from .generation import CompiledSteps
 from .loss import (
     causal_lm_loss,
     hide_blind,
@@ -483,6 +484,11 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             "the keys and values of every token, which a memory does not have: call generate() on "
             "a padded batch, or serve without that option"
         )
+
+    def get_compiled_call(self, compile_config):
+        """As in transformers, for one generate(); tokens that begin a window or close one are read
+        eagerly."""
+        return CompiledSteps(self, super().get_compiled_call(compile_config))
 
     @can_return_tuple
     def forward(  # noqa: PLR0913 (generate() and Trainer prescribe the names)

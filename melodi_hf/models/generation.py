@@ -7,7 +7,7 @@ model.continue_from(memory, question, max_new_tokens=50)    as often as you like
 import torch
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from .cache import NOT_AN_ID, RECENT, UNKNOWN_ID, clone_cache
+from .cache import NOT_AN_ID, RECENT, UNKNOWN_ID, clone_cache, within_windows
 from .reading import read_document
 
 
@@ -93,6 +93,46 @@ class MemoryGenerationMixin(GenerationMixin):
         if attention_mask is None or inputs_embeds.shape[1] == 1:
             return None
         return attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
+
+
+class CompiledSteps:
+    """The steps of one generate() with a static cache.
+
+    A token that begins a window or closes one does what the others do not. In a graph that would be
+    a branch in every layer, which asks the device each time and which torch leaves out of its CUDA
+    graphs. So the graph is for tokens within the windows of all rows, and the others run eagerly:
+    two of each window if all rows stand at the same slot.
+
+    Where the rows stand is read once and counted from there, as if no row ended: the host does not
+    wait. At the slots of a row that has ended a token may run eagerly without need.
+    """
+
+    def __init__(self, model, compiled):
+        self.model, self.compiled = model, compiled
+        self.slots: set[int] | None = None  # at which rows stand, unless they are to be read
+
+    def __call__(self, **inputs):
+        if not is_step(**inputs):
+            self.slots = None
+            return self.compiled(**inputs)
+        cache, window = inputs["past_key_values"], self.model.config.window_length
+        if self.slots is None:
+            self.slots = set((cache.layers[0].progress.tokens_read % window).tolist())
+        is_within = self.slots.isdisjoint((0, window - 1))
+        self.slots = {(slot + 1) % window for slot in self.slots}
+        if not is_within:
+            return self.model(**inputs)
+        with within_windows(cache):
+            return self.compiled(**inputs)
+
+
+def is_step(input_ids=None, attention_mask=None, past_key_values=None, **_):
+    """Whether a call reads one token of each row that goes on, after others. A mask of more columns
+    (a prompt in pieces of one column) may let a row begin later."""
+    if past_key_values is None or past_key_values.layers[0].memory is None:
+        return False
+    each = (input_ids,) if attention_mask is None else (input_ids, attention_mask)
+    return all(given is not None and given.shape[1] == 1 for given in each)
 
 
 class EndedRows(StoppingCriteria):

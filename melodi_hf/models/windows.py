@@ -33,6 +33,8 @@ class Progress(NamedTuple):
     fill: int | None  # tokens of the open window if all rows are known to hold as many, else None
     # Kind of memory -> B, the oldest windows that were taken out of it.
     forgotten: dict[str, Tensor] = {}  # noqa: RUF012
+    # Whether the next call is known to have one token, which begins and closes no row's window.
+    within: bool = False
 
     def restart(self, rows):
         """The rows of a mask (B,) begin a new document."""
@@ -331,6 +333,24 @@ class WritingStepChunk(StepChunk):
         return extended  # itself, by which the cache knows that it has it
 
 
+class OpenChunk(WritingStepChunk):
+    """The same where all rows that have a token stand within their windows: none begins and none is
+    closed, and nothing is left to be decided when it runs."""
+
+    def __init__(self, fill, count, tokens_read, window_length):
+        super().__init__(1, fill, count, tokens_read, window_length, closes=False, opens=False)
+        self.begins = (0, 1)
+
+    def writing(self):
+        return self
+
+    def begin(self, held, fresh, dim, offset):
+        return held
+
+    def where_opened(self, held, fresh):
+        return held
+
+
 class ClosingChunk(RaggedChunk):
     """No tokens: the rows whose window is full close it. Run only if there are any, which a
     compiled graph decides when it runs."""
@@ -546,8 +566,35 @@ class RaggedPlan(Plan):
         return torch.cat(pieces)[None]
 
 
+class OpenPlan(RaggedPlan):
+    """A call of one token of each row that neither begins its window nor closes it, of which a
+    caller gives his word (`Progress.within`): there is nothing to look at, and compiled no branch.
+
+    mask: B 1, false at rows that have ended, which may stand anywhere; None if there are none.
+    """
+
+    def __init__(self, progress, mask, window_length):
+        before = progress.tokens_read
+        count = torch.ones_like(before) if mask is None else mask[:, 0].long()
+        self.num_columns, self.batch_size = 1, before.shape[0]
+        self.sizes = [self.batch_size]
+        self.chunks = [OpenChunk(before % window_length, count, before, window_length)]
+        self.tokens_before, self.progress = before, Progress(before + count, None)
+
+    def pack_tokens(self, x):
+        return x.transpose(0, 1)  # B 1 D -> 1 B D
+
+    def unpack_tokens(self, packed):
+        return packed.transpose(0, 1)
+
+    def line_up(self, packed, dim):
+        return packed.transpose(0, dim)
+
+
 def make_plan(progress, num_columns, mask, window_length):
     """How a call of `num_columns` falls into windows. mask: B T, true at real tokens, or None."""
+    if progress.within:
+        return OpenPlan(progress, mask, window_length)
     if mask is None and progress.fill is not None:
         return Plan(progress, num_columns, window_length)
     everything = mask is None
