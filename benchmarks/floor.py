@@ -40,6 +40,7 @@ class Machine:
         self.device, self.is_cuda = torch.device(device), torch.device(device).type == "cuda"
         self.dtype = torch.bfloat16 if self.is_cuda else torch.float32
         self.read_clock = time.perf_counter if self.is_cuda or threads > 1 else time.process_time
+        self.hasty = hasty
         self.matmul_size = 128 if hasty else 8192 if self.is_cuda else 2048
         self.copied_bytes = 1 << (20 if hasty else 29)
         self.rate_seconds = 0.0 if hasty else 0.4

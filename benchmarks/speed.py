@@ -14,6 +14,7 @@ being empty.
     forward              one segment in training's way without gradients, all logits
     prefill              one segment through the cache, the last logits only
     decoding step        one token of one row: its weights and memory must be read once
+    the same, compiled   as `generate(cache_implementation="static")` decodes it
     closing a window     by how much the token that fills a window takes longer than the median
 
 Then two comparisons of a token's latency after 4 000 tokens and after 1 000 000, token by token in
@@ -35,11 +36,13 @@ from benchmarks.floor import Machine, in_a_process_of_its_own, write  # sets thr
 
 import torch  # isort: skip
 from tqdm import tqdm
+from transformers.cache_utils import StaticCache
 
 from benchmarks.read_million import SMALL, drawn
 from melodi_hf import MelodiCache, MelodiConfig, MelodiForCausalLM
 from melodi_hf.models.costs import closing_flops, decoding_bytes, forward_flops, training_flops
 from melodi_hf.models.decoder import Memory
+from melodi_hf.models.generation import CompiledSteps
 from melodi_hf.models.windows import Progress
 
 SEGMENT = 4096  # tokens
@@ -93,7 +96,8 @@ class Size(NamedTuple):
 
 
 def sizes(tiny, is_cuda):
-    """By name. The paper's training step takes minutes and 10 GB on a CPU: it is left to GPUs."""
+    """By name. The paper's training step takes minutes and 10 GB on a CPU: it is left to GPUs, and
+    compiling is with it."""
     if tiny:
         return {"tiny": Size(MelodiConfig(**TINY), 128, 2, 16, True)}
     paper = MelodiConfig(dropout=0.0, attention_dropout=0.0)
@@ -156,6 +160,37 @@ def full_cache(model, machine):
     return filled(cache, config.long_memory_windows * config.window_length)
 
 
+class Compiled:
+    """Tokens decoded as `generate` does with a static cache, window after window."""
+
+    def __init__(self, model, size, machine):
+        self.model, self.size, self.machine = model, size, machine
+        backend = "eager" if machine.hasty else "inductor"
+        step = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+        self.steps = CompiledSteps(model, step)
+        self.cache = StaticCache(config=model.config, max_cache_len=1)
+        with torch.inference_mode():
+            self.read(model.config.window_length)
+            for layer in self.cache.layers:
+                for tensor in (layer.memory.long_keys, layer.memory.long_values):
+                    tensor.copy_(torch.nn.functional.normalize(torch.randn_like(tensor), dim=-1))
+
+    def read(self, tokens):
+        read(self.model, draw(self.model.config, tokens, self.machine), self.cache)
+
+    @torch.inference_mode()
+    def run(self):
+        self.read(self.model.config.window_length - self.size.decoded)
+        ids = draw(self.model.config, self.size.decoded, self.machine)
+        self.steps.slots = None  # what was read was not counted
+        given = {"past_key_values": self.cache, "logits_to_keep": 1}
+        times = [
+            self.machine.seconds(lambda one=one: self.steps(input_ids=one, **given))
+            for one in ids.split(1, dim=1)
+        ]
+        return {"decoding step, compiled": statistics.median(times[:-1])}
+
+
 def latencies(model, ids, cache, machine):
     """Seconds of each token, one after the other."""
     return [machine.seconds(lambda one=one: read(model, one, cache)) for one in ids.split(1, dim=1)]
@@ -208,6 +243,8 @@ def phases(model, size, machine):
         "decoding": Phase(decoding, {"closing a window": closing_flops(config)}, of_a_token),
     }
     if size.trains:
+        of_a_token = {"decoding step, compiled": of_a_token["decoding step"]}
+        found["compiled"] = Phase(Compiled(model, size, machine).run, {}, of_a_token)
         work = training_flops(config, size.segment)
         found = {"training": Phase(training, {"training step": work}, {})} | found
     return found
