@@ -34,7 +34,7 @@ from .windows import Plan, Progress
 # a step costs besides its products is what counts. From benchmarks/results/wavefront.json, which
 # was measured on a CPU; elsewhere nothing was, and "auto" reads layer by layer until it is.
 LEAST_CELLS_PER_STEP = 2.5
-MOST_WORK, MOST_WORK_TO_TRAIN = 2**23, 2**20
+MOST_WORK, MOST_WORK_TO_TRAIN = 2**21, 2**20
 
 
 def reads_diagonally(model, plan, x):
