@@ -87,7 +87,7 @@ class CompressiveLayer(DecoderLayer):
         self.dropout = nn.Dropout(config.dropout)
         self.compression = make_compression(config)
         self.reconstruction = make_loss(config)
-        self.keep = keep if config.learns_through_memory else torch.Tensor.detach
+        self.keep = keep if config.learns_through_memory else cut
         self.attention_map = AttentionMap(self.slots, self.memory_length)
 
     def memory_shapes(self, for_generation=False):
@@ -232,6 +232,11 @@ class ScaledCompressiveLayer(CompressiveLayer):
 def keep(tensor):
     """With its gradient."""
     return tensor
+
+
+def cut(tensor):
+    """Loses its gradient."""
+    return tensor.detach()
 
 
 class CompressiveTransformerModel(DecoderModel):
