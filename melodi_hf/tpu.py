@@ -214,12 +214,12 @@ class LoopPlan(Plan):
         return pieces[0].movedim(0, dim).flatten(dim, dim + 1)
 
 
-def make_loop_plan(progress, num_columns, mask, window_length):
+def make_loop_plan(progress, num_columns, mask, window_length, in_place=False):
     """As `make_plan`, with a loop where the windows are equal."""
     is_equal = mask is None and progress.fill == 0 and num_columns % window_length == 0
     if is_equal and progress.tokens_read.device.type == DEVICE:
         return LoopPlan(progress, num_columns, window_length)
-    return make_plan(progress, num_columns, mask, window_length)
+    return make_plan(progress, num_columns, mask, window_length, in_place)
 
 
 def devices_per_process():

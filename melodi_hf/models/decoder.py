@@ -423,8 +423,10 @@ class DecoderModel(DecoderPreTrainedModel):
         )
 
     def _plan(self, progress, x, mask, cache):
-        plan = self.make_plan(progress, x.shape[1], mask, self.config.window_length)
-        if cache is not None and not torch.is_grad_enabled():
+        in_place = cache is not None and not torch.is_grad_enabled()
+        window_length = self.config.window_length
+        plan = self.make_plan(progress, x.shape[1], mask, window_length, in_place)
+        if in_place:
             plan.write_in_place()
         plan.leave_out(progress.forgotten)
         return plan

@@ -307,8 +307,8 @@ class StepChunk(RaggedChunk):
 
 
 class WritingStepChunk(StepChunk):
-    """The same where the memory is a static cache's: the token is written into its tensors, and a
-    compiled step copies no window."""
+    """The same where the memory is a cache's: the token is written into its tensors, and a compiled
+    step copies no window."""
 
     def so_far(self, held, dim, offset=0):
         return held
@@ -321,7 +321,7 @@ class WritingStepChunk(StepChunk):
         return held
 
     def extend(self, held, new, dim):
-        if held.dtype != new.dtype:
+        if held.dtype != new.dtype or _is_sealed(held):
             return super().extend(held, new, dim)
         slot = self.slots_read % self.window_length + held.shape[dim] - self.window_length
         place = (torch.arange(len(slot), device=slot.device), *[slice(None)] * (dim - 1), slot)
@@ -591,8 +591,9 @@ class OpenPlan(RaggedPlan):
         return packed.transpose(0, dim)
 
 
-def make_plan(progress, num_columns, mask, window_length):
-    """How a call of `num_columns` falls into windows. mask: B T, true at real tokens, or None."""
+def make_plan(progress, num_columns, mask, window_length, in_place=False):
+    """How a call of `num_columns` falls into windows. mask: B T, true at real tokens, or None;
+    in_place: whether the memory may be written to."""
     if progress.within:
         return OpenPlan(progress, mask, window_length)
     if mask is None and progress.fill is not None:
@@ -606,6 +607,10 @@ def make_plan(progress, num_columns, mask, window_length):
     fill = (progress.tokens_read % window_length).tolist()
     if everything and len(set(fill)) == 1:
         return Plan(progress._replace(fill=fill[0]), num_columns, window_length)
+    if in_place and num_columns == 1:
+        reading = [p for p, (is_real,) in zip(fill, mask.tolist(), strict=True) if is_real]
+        if all(0 < p < window_length - 1 for p in reading):
+            return OpenPlan(progress, mask, window_length)
     return plan_rows(progress, fill, mask, window_length)
 
 
@@ -758,7 +763,9 @@ def put_rows(old, new, rows):
 
 def _is_sealed(tensor):
     # What was made in inference mode may be written to in it alone.
-    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return tensor.is_inference()
 
 
 def _replaced(memory, names, tensors):
