@@ -17,6 +17,7 @@ from melodi_hf import (
     MemorizingTransformerConfig,
     TransformerXLConfig,
 )
+from melodi_hf.models import attention
 from melodi_hf.models.costs import (
     closing_flops,
     decoding_bytes,
@@ -94,6 +95,13 @@ def test_fewer_filled_slots_cost_less():
     assert forward_flops(PAPER, 512, queue_filled=0) < forward_flops(PAPER, 512)
 
 
+@pytest.fixture
+def full_queue(monkeypatch):
+    """Every slot of the queue is looked at, as if it were full."""
+    monkeypatch.setattr(attention, "_empty_in_all_rows", lambda k, filled: 0)
+
+
+@pytest.mark.usefixtures("full_queue")
 @pytest.mark.parametrize("num_tokens", [8, 24, 29, 5])
 def test_what_runs_is_what_is_counted(num_tokens):
     # The plain implementation computes hidden pairs too: they are added to the count here.
@@ -201,6 +209,21 @@ def test_decoding_reads_the_keys_and_values_of_the_state():
     assert decoding_bytes(config, 0, 2) - without == (512 * 2 * 1024 + 2 * 1024 * 1024) * 2
 
 
+def test_empty_slots_of_the_queue_cost_nothing_but_one(monkeypatch):
+    """8 windows: the first finds 12 empty slots, the next 10, the last two none."""
+    model = MelodiForCausalLM(TINY).eval().requires_grad_(False)
+    ids, counts = torch.randint(0, 50, (1, 64)), []
+    for empty in (attention._empty_in_all_rows, lambda k, filled: 0):
+        monkeypatch.setattr(attention, "_empty_in_all_rows", empty)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(ids, use_cache=False, return_memory=True)
+        counts.append(counter.get_total_flops())
+    slots, pushed = TINY.long_memory_length, TINY.num_long_memory_tokens
+    saved = sum(max(0, slots - pushed * window - 1) for window in range(8))
+    assert counts[1] - counts[0] == saved * 12 * 2 * 2 * 32 > 0  # queries, scores and values
+
+
+@pytest.mark.usefixtures("full_queue")
 def test_closing_a_window_costs_what_runs_beside_its_last_token():
     model = MelodiForCausalLM(TINY).eval().requires_grad_(False)
     cache = MelodiCache(TINY)
