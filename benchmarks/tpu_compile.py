@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from melodi_hf import MelodiConfig, MelodiForCausalLM, TransformerXLConfig, TransformerXLForCausalLM
-from melodi_hf.models.windows import make_plan
+from melodi_hf.models.ragged import make_plan
 from melodi_hf.tpu import make_loop_plan
 
 SIZES = {

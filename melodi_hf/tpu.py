@@ -28,7 +28,8 @@ from torch_xla.experimental.scan import _scan_impl_flat
 from torch_xla.experimental.spmd_fully_sharded_data_parallel import SpmdFullyShardedDataParallel
 from transformers import Adafactor
 
-from melodi_hf.models.windows import Chunk, Plan, Progress, make_plan
+from melodi_hf.models.ragged import make_plan
+from melodi_hf.models.windows import Chunk, Plan, Progress
 from melodi_hf.trainer import MemoryTrainer
 
 DEVICE = "xla"

@@ -52,6 +52,7 @@ from .loss import (
 )
 from .norm import RMSNorm
 from .position import RelativePosition
+from .ragged import make_plan
 from .refusals import (
     real_columns,
     refuse_bad_labels,
@@ -64,7 +65,7 @@ from .refusals import (
     refuse_unknown_ids,
 )
 from .wavefront import read_diagonally, reads_diagonally
-from .windows import Progress, make_plan
+from .windows import Progress
 
 
 class Memory(NamedTuple):
