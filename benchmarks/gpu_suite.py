@@ -34,7 +34,9 @@ from typing import NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be looked up
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
+from benchmarks.floor import write  # sets threads up before torch
+
+import torch  # isort: skip
 
 from benchmarks.gpu_parts import attention, correctness, decoding, reading, training, waiting
 from benchmarks.gpu_parts.bench import FULL, TINY, Bench, OutOfTime
@@ -118,7 +120,6 @@ def run_all(parts, bench, output, begin_anew=None):
 
     begin_anew: given the names of parts, goes on with them in a new process in place of this one.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     for i, part in enumerate(parts):
         name = part.function.__name__
         print(f"{name} ...", flush=True)
@@ -158,10 +159,6 @@ def still_works(bench):
         return bool((torch.ones(8, device=bench.device).sum() == 8).item())
     except RuntimeError:
         return False
-
-
-def write(results, output):
-    output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def figures(results, path=()):

@@ -10,19 +10,17 @@ gives the last logits, "forward" gives all logits, "training" is forward and bac
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
-
-import torch
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.floor import write  # sets threads up before torch
+
+import torch  # isort: skip
+from tqdm import tqdm
 
 from melodi_hf import (
     MelodiCache,
@@ -139,8 +137,7 @@ def main():
         rows.append({"model": name, "lengths": described, "padding": side} | ratios)
     result = {"rows": rows, "sizes": sizes | MELODI, "lengths in windows": LENGTHS}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, args.output)
     print(json.dumps(rows, indent=1))
 
 

@@ -134,7 +134,7 @@ def train(model, ids, memory):
 @torch.inference_mode()
 def read(model, ids, cache):
     """The whole row in one call; the logits of its last token."""
-    return model(ids, past_key_values=cache, logits_to_keep=1).logits
+    return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
 
 
 def filled(cache, tokens):
@@ -178,16 +178,11 @@ class Compiled:
     def read(self, tokens):
         read(self.model, draw(self.model.config, tokens, self.machine), self.cache)
 
-    @torch.inference_mode()
     def run(self):
         self.read(self.model.config.window_length - self.size.decoded)
         ids = draw(self.model.config, self.size.decoded, self.machine)
         self.steps.slots = None  # what was read was not counted
-        given = {"past_key_values": self.cache, "logits_to_keep": 1}
-        times = [
-            self.machine.seconds(lambda one=one: self.steps(input_ids=one, **given))
-            for one in ids.split(1, dim=1)
-        ]
+        times = latencies(self.steps, ids, self.cache, self.machine)
         return {"decoding step, compiled": statistics.median(times[:-1])}
 
 

@@ -17,19 +17,16 @@ trains on segments of 4096; these two are measured in 3 rounds.
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
-
-import torch
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.floor import Machine, write  # sets threads up before torch
+
+import torch  # isort: skip
+from tqdm import tqdm
 
 from melodi_hf import (
     MelodiCache,
@@ -130,24 +127,12 @@ def works(model, rows, prefilled, trained):
     return {"prefill": prefill, "training": training}
 
 
-def seconds(work, device):
-    if device == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def compare(model, work, rounds, device):
+def compare(model, work, rounds, machine):
     """Seconds layer by layer, and how much longer that takes than by diagonals."""
 
     def by(schedule):
         model.config.schedule = schedule
-        return seconds(work, device)
+        return machine.seconds(work)
 
     by("layers"), by("wavefront")  # buffers are allocated
     pairs = [(by("layers"), by("wavefront")) for _ in range(rounds)]
@@ -155,17 +140,17 @@ def compare(model, work, rounds, device):
     return round(statistics.median(a for a, _ in pairs), 4), round(ratio, 3)
 
 
-def measure(case, rounds, device):
+def measure(case, rounds, machine):
     """One row of the result."""
     name, layers, hidden, window, rows, prefilled, trained = case
     torch.manual_seed(0)
-    model = build(name, layers, hidden, window).to(device)
+    model = build(name, layers, hidden, window).to(machine.device)
     row = {"model": name, "layers": layers, "hidden": hidden, "window": window, "rows": rows}
     row |= {"windows": prefilled, "work of a cell": rows * window * hidden**2}
     rounds = rounds if hidden < 512 else min(rounds, 3)
     row["cells per step"] = round(layers * prefilled / (layers + prefilled - 1), 2)
     for kind, work in works(model, rows, prefilled, trained).items():
-        taken, ratio = compare(model.train(kind == "training"), work, rounds, device)
+        taken, ratio = compare(model.train(kind == "training"), work, rounds, machine)
         row |= {f"{kind} by layers, s": taken, f"{kind}: layers / wavefront": ratio}
     return row
 
@@ -178,19 +163,15 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     args = parser.parse_args()
-    if args.device == "cpu":
-        torch.set_num_threads(1)
+    machine = Machine(args.device)
     sizes = ["tiny"] if args.tiny else args.size
     cases = [case for size in sizes for case in CASES[size]]
-    rows = [
-        measure(case, args.rounds, args.device) for case in tqdm(cases, desc="cases", unit="case")
-    ]
+    rows = [measure(case, args.rounds, machine) for case in tqdm(cases, desc="cases", unit="case")]
     rows.sort(key=lambda row: (row["model"], row["work of a cell"]))
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    name = torch.cuda.get_device_name() if machine.is_cuda else "cpu"
     result = {"rows": rows, "device": name, "rounds": args.rounds}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, args.output)
     print(json.dumps(rows, indent=1))
 
 

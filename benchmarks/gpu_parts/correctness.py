@@ -37,7 +37,6 @@ def environment(bench, found):
         "commit": answer_of("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "device": platform.machine(),
         "model": bench.sizes.config or "defaults of MelodiConfig",
-        "schedules can be chosen": hasattr(bench.config(), "schedule"),
     }
     if bench.is_cuda:
         device = torch.cuda.get_device_properties(0)

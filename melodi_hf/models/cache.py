@@ -220,7 +220,7 @@ class StaticWindowMemoryLayer(WindowMemoryLayer):
     def store(self, memory, progress, recent, output, columns, full_windows):
         self._unseal()
         for held, new in zip(self.memory, memory, strict=True):
-            if new is not held and not _is_leading_part(new, held):
+            if not _is_there(new, held):
                 held[_leading(new)] = new
         self.progress.tokens_read.copy_(progress.tokens_read)
         self.recent.copy_(recent)
@@ -460,8 +460,10 @@ def _leading(tensor):
     return tuple(slice(0, size) for size in tensor.shape)
 
 
-def _is_leading_part(new, held):
-    # A window that was written in place.
+def _is_there(new, held):
+    # Nothing changed, or the window was written in place.
+    if new is held:
+        return True
     if torch.compiler.is_compiling() or new.stride() != held.stride():
         return False
     return new.data_ptr() == held.data_ptr() and new.dtype == held.dtype
@@ -474,7 +476,7 @@ def _anew(held, new):
 def _write(held, new):
     # The leading slots of a buffer of fixed size; where torch forbids writing there (a graph, a
     # buffer made in inference mode), a new one takes its place.
-    if new is held or _is_leading_part(new, held):
+    if _is_there(new, held):
         return held
     has_graph = new.requires_grad or held.requires_grad
     is_sealed = not torch.compiler.is_compiling() and held.is_inference()

@@ -427,8 +427,6 @@ class DecoderModel(DecoderPreTrainedModel):
         in_place = cache is not None and not torch.is_grad_enabled()
         window_length = self.config.window_length
         plan = self.make_plan(progress, x.shape[1], mask, window_length, in_place)
-        if in_place:
-            plan.write_in_place()
         plan.leave_out(progress.forgotten)
         return plan
 

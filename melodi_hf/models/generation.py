@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .cache import NOT_AN_ID, RECENT, UNKNOWN_ID, clone_cache, within_windows
+from .ragged import are_within
 from .reading import read_document
 
 
@@ -118,7 +119,7 @@ class CompiledSteps:
         cache, window = inputs["past_key_values"], self.model.config.window_length
         if self.slots is None:
             self.slots = set((cache.layers[0].progress.tokens_read % window).tolist())
-        is_within = self.slots.isdisjoint((0, window - 1))
+        is_within = are_within(self.slots, window)
         self.slots = {(slot + 1) % window for slot in self.slots}
         if not is_within:
             return self.model(**inputs)

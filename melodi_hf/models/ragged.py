@@ -114,17 +114,6 @@ class StepChunk(RaggedChunk):
     """A token of each row inside a compiled graph, which decides when it runs whether any row
     begins a window."""
 
-    def writing(self):
-        """The chunk that does the same in place."""
-        return WritingStepChunk(
-            self.tokens,
-            self.slots_read,
-            self.count,
-            self.tokens_read,
-            self.window_length,
-            closes=self.closes,
-        )
-
     def where_opened(self, held, fresh):
         if not all(tensor.numel() for tensor in held):  # as training carries it between windows
             return super().where_opened(held, fresh)
@@ -184,9 +173,6 @@ class OpenChunk(WritingStepChunk):
     def __init__(self, fill, count, tokens_read, window_length):
         super().__init__(1, fill, count, tokens_read, window_length, closes=False, opens=False)
         self.begins = (0, 1)
-
-    def writing(self):
-        return self
 
     def begin(self, held, fresh, dim, offset):
         return held
@@ -255,12 +241,6 @@ class RaggedPlan(Plan):
             rows for rows, chunk in zip(self.sizes, self.chunks, strict=True) if chunk.closes
         )
 
-    def write_in_place(self):
-        # A step alone: the rows of other chunks are taken out of the cache, and put back.
-        self.chunks = [
-            chunk.writing() if isinstance(chunk, StepChunk) else chunk for chunk in self.chunks
-        ]
-
     def pack_tokens(self, x):
         return x.flatten(0, 1).index_select(0, self.gather)[None]
 
@@ -296,8 +276,8 @@ class RaggedPlan(Plan):
 
 
 class OpenPlan(RaggedPlan):
-    """A call of one token of each row that neither begins its window nor closes it, of which a
-    caller gives his word (`Progress.within`): there is nothing to look at, and compiled no branch.
+    """A call of one token of each row that neither begins its window nor closes it: somebody has
+    looked, or a caller gives his word (`Progress.within`). Compiled it has no branch.
 
     mask: B 1, false at rows that have ended, which may stand anywhere; None if there are none.
     """
@@ -326,21 +306,26 @@ def make_plan(progress, num_columns, mask, window_length, in_place=False):
     if progress.within:
         return OpenPlan(progress, mask, window_length)
     if mask is None and progress.fill is not None:
-        return Plan(progress, num_columns, window_length)
+        return Plan(progress, num_columns, window_length, in_place)
     everything = mask is None
     if everything:
         shape = progress.tokens_read.shape[0], num_columns
         mask = torch.ones(shape, dtype=torch.bool, device=progress.tokens_read.device)
     if torch.compiler.is_compiling():
-        return plan_unseen(progress, mask, window_length)
+        return plan_unseen(progress, mask, window_length, in_place)
     fill = (progress.tokens_read % window_length).tolist()
     if everything and len(set(fill)) == 1:
-        return Plan(progress._replace(fill=fill[0]), num_columns, window_length)
+        return Plan(progress._replace(fill=fill[0]), num_columns, window_length, in_place)
     if in_place and num_columns == 1:
         reading = [p for p, (is_real,) in zip(fill, mask.tolist(), strict=True) if is_real]
-        if all(0 < p < window_length - 1 for p in reading):
+        if are_within(reading, window_length):
             return OpenPlan(progress, mask, window_length)
     return plan_rows(progress, fill, mask, window_length)
+
+
+def are_within(slots, window_length):
+    """Whether a token at each of these slots neither begins a window nor closes it."""
+    return all(0 < slot < window_length - 1 for slot in slots)
 
 
 def plan_rows(progress, fill, mask, window_length):
@@ -404,18 +389,19 @@ def ragged_chunk(slots, tokens, tokens_read, window_length, rows):
     )
 
 
-def plan_unseen(progress, mask, window_length):
+def plan_unseen(progress, mask, window_length, in_place):
     """A plan inside a compiled graph: as many chunks as rows at any slot could need."""
     num_columns = mask.shape[1]
     furthest = window_length - 1 if progress.fill is None else progress.fill
     fill, left = progress.tokens_read % window_length, mask.sum(1)
     taken, chunks, starts = torch.zeros_like(left), [], []
+    step = WritingStepChunk if in_place else StepChunk
+    kind = step if num_columns == 1 else RaggedChunk
     for i in range((furthest + num_columns + window_length - 1) // window_length):
         count = torch.minimum(left, window_length - fill)
         before = progress.tokens_read + taken
         tokens = min(window_length, num_columns)
         closes = furthest + num_columns >= (i + 1) * window_length and num_columns > 1
-        kind = StepChunk if num_columns == 1 else RaggedChunk
         chunks.append(kind(tokens, fill, count, before, window_length, closes=closes))
         chunks[-1].begins = (0, num_columns)
         starts.append(taken)

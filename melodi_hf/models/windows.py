@@ -175,19 +175,22 @@ class WritingChunk(Chunk):
 class Plan:
     """The chunks of one call in which all rows stand at the same slot."""
 
-    def __init__(self, progress, num_columns, window_length):
+    def __init__(self, progress, num_columns, window_length, in_place=False):
+        # in_place: whether the memory may be written to
         self.num_columns = num_columns
-        self.chunks = list(self._cut(progress, num_columns, window_length))
+        self.chunks = list(self._cut(progress, num_columns, window_length, in_place))
         self.tokens_before = progress.tokens_read  # of each row's document, B
         tokens_read = progress.tokens_read + num_columns
         self.progress = Progress(tokens_read, (progress.fill + num_columns) % window_length)
         self.lanes = tokens_read.shape[0]  # rows of what is packed
 
-    def _cut(self, progress, num_columns, window_length):
+    def _cut(self, progress, num_columns, window_length, in_place):
         fill, done = progress.fill, 0
         while done < num_columns:
             tokens = min(window_length - fill, num_columns - done)
-            chunk = Chunk(tokens, fill, progress.tokens_read + done, window_length)
+            goes_on = in_place and 0 < fill < window_length - tokens  # in a window that stays open
+            kind = WritingChunk if goes_on else Chunk
+            chunk = kind(tokens, fill, progress.tokens_read + done, window_length)
             chunk.begins = (done, done)
             yield chunk
             fill, done = 0, done + tokens
@@ -217,15 +220,6 @@ class Plan:
         """Have the chunks remember what a call that goes back would need."""
         for chunk in self.chunks:
             chunk.snapshots = []
-
-    def write_in_place(self):
-        """Have a window that stays open written behind its tokens: where the memory is a cache's,
-        and nobody differentiates."""
-        chunk = self.chunks[0]
-        if chunk.fill > 0 and not chunk.closes:
-            self.chunks[0] = WritingChunk(
-                chunk.tokens, chunk.fill, chunk.tokens_read, chunk.window_length
-            )
 
     def keep_weights(self):
         """Have the chunks that have tokens keep the weights of attention."""
