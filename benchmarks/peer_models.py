@@ -23,6 +23,9 @@ from transformers import (
 from transformers.utils import logging
 
 from melodi_hf import MelodiCache, MelodiConfig
+from melodi_hf.models.versions import CACHE_NAME
+
+MAMBA_CACHE_NAME = "cache" if CACHE_NAME == "cache" else "cache_params"  # transformers before 5.24
 
 logging.set_verbosity_error()
 
@@ -122,7 +125,7 @@ class Peer(NamedTuple):
     config: Callable  # size, and what is matched -> its config
     matched: str | None = None  # by which its parameters are MELODI's
     step: int = 8  # of that
-    cache_name: str = "past_key_values"
+    cache_name: str = CACHE_NAME
     grows: bool = False  # whether its state does with the document
 
 
@@ -131,7 +134,7 @@ PEERS = {
     "Llama": Peer(llama_config, "width", grows=True),
     "sliding window": Peer(window_config, "width"),
     "RecurrentGemma": Peer(griffin_config, "width"),
-    "Mamba2": Peer(mamba_config, "layers", step=1, cache_name="cache_params"),
+    "Mamba2": Peer(mamba_config, "layers", step=1, cache_name=MAMBA_CACHE_NAME),
 }
 
 

@@ -74,12 +74,12 @@ def works(model, ids, mask):
     labels = ids.masked_fill(mask == 0, -100)
     cache = MelodiCache(model.config)
     with torch.no_grad():
-        model(ids, attention_mask=given, past_key_values=cache, logits_to_keep=1)
+        model(ids, attention_mask=given, cache=cache, logits_to_keep=1)
 
     @torch.no_grad()
     def prefill():
         fresh = MelodiCache(model.config)
-        model(ids, attention_mask=given, past_key_values=fresh, logits_to_keep=1)
+        model(ids, attention_mask=given, cache=fresh, logits_to_keep=1)
 
     @torch.no_grad()
     def forward():
@@ -92,7 +92,7 @@ def works(model, ids, mask):
     @torch.no_grad()
     def decoding():
         for _ in range(8):
-            model(ids[:, -1:], past_key_values=cache)
+            model(ids[:, -1:], cache=cache)
 
     return {"prefill": prefill, "forward": forward, "training": training, "decoding": decoding}
 

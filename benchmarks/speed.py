@@ -134,7 +134,7 @@ def train(model, ids, memory):
 @torch.inference_mode()
 def read(model, ids, cache):
     """The whole row in one call; the logits of its last token."""
-    return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+    return model(input_ids=ids, cache=cache, logits_to_keep=1).logits
 
 
 def filled(cache, tokens):

@@ -116,7 +116,7 @@ def works(model, rows, prefilled, trained):
     @torch.no_grad()
     def prefill():
         with half:
-            model(document, past_key_values=MelodiCache(model.config), logits_to_keep=1)
+            model(document, cache=MelodiCache(model.config), logits_to_keep=1)
 
     def training():
         model.zero_grad(set_to_none=True)

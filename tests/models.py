@@ -206,8 +206,8 @@ def read_with_cache(model, pieces, **how):
     """Logits of all pieces, carried by the cache that the model makes itself."""
     cache, logits = None, []
     for piece in pieces:
-        output = model(piece, past_key_values=cache, use_cache=True, **how)
-        cache = output.past_key_values
+        output = model(piece, cache=cache, use_cache=True, **how)
+        cache = output.cache
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
@@ -215,7 +215,7 @@ def read_with_cache(model, pieces, **how):
 def read_with_melodi_cache(model, pieces, **how):
     """Logits of all pieces, carried by a cache that the user makes."""
     cache = MelodiCache(model.config)
-    return torch.cat([model(piece, past_key_values=cache, **how).logits for piece in pieces], dim=1)
+    return torch.cat([model(piece, cache=cache, **how).logits for piece in pieces], dim=1)
 
 
 def read_with_memory(model, pieces, **how):

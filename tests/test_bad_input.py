@@ -149,10 +149,10 @@ def test_masks_of_other_shapes(model, shape, message):
 
 def test_a_mask_that_does_not_fit_the_memory(model):
     cache, ids = MelodiCache(model.config), draw(2, LENGTH)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     with pytest.raises(ValueError, match=r"has 5 columns: it must have 4, .* or 15, with the 11"):
-        model(draw(2, 4), past_key_values=cache, attention_mask=torch.ones(2, 5))
-    model(draw(2, 4), past_key_values=cache, attention_mask=torch.ones(2, 15))
+        model(draw(2, 4), cache=cache, attention_mask=torch.ones(2, 5))
+    model(draw(2, 4), cache=cache, attention_mask=torch.ones(2, 15))
 
 
 def test_packed_rows(model):
@@ -214,19 +214,19 @@ def test_what_is_not_a_memory(model, wrong):
 
 def test_the_cache_of_another_model(model):
     ids, cache = draw(2, LENGTH), MelodiCache(model.config)
-    other(model)(ids, past_key_values=(foreign := MelodiCache(other(model).config)))
+    other(model)(ids, cache=(foreign := MelodiCache(other(model).config)))
     with pytest.raises(ValueError, match="it is that of another model"):
-        model(ids, past_key_values=foreign)
-    model(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values holds 2 rows and the batch has 3"):
-        model(draw(3, LENGTH), past_key_values=cache)
+        model(ids, cache=foreign)
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="the cache holds 2 rows and the batch has 3"):
+        model(draw(3, LENGTH), cache=cache)
 
 
-def test_memory_together_with_past_key_values(model):
+def test_memory_together_with_a_cache(model):
     ids = draw(2, LENGTH)
     memory = model(ids, return_memory=True).memory
-    with pytest.raises(ValueError, match=r"past_key_values and memory are two faces .* give one"):
-        model(ids, memory=memory, past_key_values=MelodiCache(model.config))
+    with pytest.raises(ValueError, match=r"cache .* and memory are both given.* pass one of them"):
+        model(ids, memory=memory, cache=MelodiCache(model.config))
 
 
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
@@ -319,5 +319,5 @@ def test_embeddings_of_another_width(model):
 
 
 def test_cache_that_is_a_tuple(model):
-    with pytest.raises(ValueError, match=r"past_key_values is a tuple: give MelodiCache"):
-        model(draw(2, 11), past_key_values=((), ()))
+    with pytest.raises(ValueError, match=r"cache is a tuple: give MelodiCache"):
+        model(draw(2, 11), cache=((), ()))

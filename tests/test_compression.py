@@ -367,8 +367,8 @@ def test_a_step_of_generation_projects_its_own_token_and_no_memory(kind):
     with torch.no_grad():
         for i in range(ids.shape[1]):
             rows.clear()
-            output = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(ids[:, i : i + 1], cache=cache, use_cache=True)
+            cache = output.cache
             closing = (i + 1) % WINDOW == 0
             assert rows == [1, WINDOW // 2, WINDOW][: 3 if closing else 1]
 
@@ -381,8 +381,8 @@ def test_a_step_of_every_compression_can_be_compiled(kind):
     step = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     ids, cache = draw(2, DOCUMENT), StaticCache(config=model.config, max_cache_len=DOCUMENT)
     with torch.no_grad():
-        found = [model(ids[:, :3], past_key_values=cache).logits]
-        found += [step(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3, DOCUMENT)]
+        found = [model(ids[:, :3], cache=cache).logits]
+        found += [step(ids[:, i : i + 1], cache=cache).logits for i in range(3, DOCUMENT)]
         assert_near(torch.cat(found, dim=1), model(ids).logits)
 
 

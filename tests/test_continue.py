@@ -31,7 +31,7 @@ def read(model, ids, **how):
     """A cache after reading `ids`."""
     cache = MelodiCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache, **how)
+        model(ids, cache=cache, **how)
     return cache
 
 
@@ -77,11 +77,11 @@ def test_turns_with_new_ids_alone(name):
             out.sequences[:, turn.shape[1] :],
             generate(model, told, max_new_tokens=6)[:, told.shape[1] :],
         )
-        memory = out.past_key_values
+        memory = out.cache
         # the last token is not read yet: it comes first next time
         memory_of_all = memory.clone()
         with torch.no_grad():
-            model(out.sequences[:, -1:], past_key_values=memory_of_all)
+            model(out.sequences[:, -1:], cache=memory_of_all)
         memory, told = memory_of_all, torch.cat((told, out.sequences[:, turn.shape[1] :]), dim=1)
         assert memory.get_seq_length() == told.shape[1]
 
@@ -95,7 +95,7 @@ def test_ids_that_would_be_lost_are_refused(name, masked, length):
     mask = {"attention_mask": torch.ones_like(new)} if masked else {}
     memory = read(model, draw(1, DOCUMENT))
     with pytest.raises(ValueError, match=rf"the {DOCUMENT} columns .*model.continue_from\("):
-        model.generate(new, past_key_values=memory, max_new_tokens=3, **mask)
+        model.generate(new, cache=memory, max_new_tokens=3, **mask)
     assert memory.get_seq_length() == DOCUMENT
 
 
@@ -106,12 +106,12 @@ def test_all_ids_are_not_refused(name, kind):
     ids = torch.cat((document, draw(2, 3)), dim=1)
     cache = kind(config=model.config)
     with torch.no_grad():
-        model(document, past_key_values=cache)
-    assert_equal(generate(model, ids, past_key_values=cache), generate(model, ids))
+        model(document, cache=cache)
+    assert_equal(generate(model, ids, cache=cache), generate(model, ids))
     changed = ids.clone()
     changed[1, 7] = changed[1, 7] % 60 + 1  # not what was read
     with pytest.raises(ValueError, match=r"model.continue_from\("):
-        generate(model, changed, past_key_values=cache)
+        generate(model, changed, cache=cache)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -119,9 +119,9 @@ def test_the_document_may_have_been_given_as_embeddings(name):
     model, document = build(name), draw(1, DOCUMENT)
     cache = MelodiCache(model.config)
     with torch.no_grad():
-        model(inputs_embeds=model.get_input_embeddings()(document), past_key_values=cache)
+        model(inputs_embeds=model.get_input_embeddings()(document), cache=cache)
     ids = torch.cat((document, draw(1, 3)), dim=1)
-    assert_equal(generate(model, ids, past_key_values=cache), generate(model, ids))
+    assert_equal(generate(model, ids, cache=cache), generate(model, ids))
 
 
 def row_that_ends(model):
@@ -139,18 +139,20 @@ def row_that_ends(model):
 def test_a_second_turn_after_rows_that_ended_early(name, pad_is_end):
     """Row by row the logits that each conversation has alone, though one row had ended."""
     model = build(name)
-    ids, at, end = next(found for found in iter(lambda: row_that_ends(model), 0) if found)
+    found = next(filter(None, (row_that_ends(model) for _ in range(100))), None)
+    assert found, "100 prompts gave no row with a token of its own"
+    ids, at, end = found
     cache = MelodiCache(model.config)
     how = {"eos_token_id": end, "pad_token_id": end if pad_is_end else 0}
-    found = generate(model, ids, max_new_tokens=2 * WINDOW, past_key_values=cache, **how)
+    found = generate(model, ids, max_new_tokens=2 * WINDOW, cache=cache, **how)
     turn, following = draw(2, 3), draw(2, DOCUMENT)
     mask = torch.ones_like(found)
     mask[0, ids.shape[1] + at + 1 :] = 0
     whole = torch.cat((found, turn), dim=1)
     mask = torch.cat((mask, torch.ones_like(turn)), dim=1)
-    generate(model, whole, attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+    generate(model, whole, attention_mask=mask, cache=cache, max_new_tokens=1)
     with torch.no_grad():
-        logits = model(following, past_key_values=cache).logits
+        logits = model(following, cache=cache).logits
         for row, real in enumerate(mask.bool()):
             alone = torch.cat((whole[row, real], following[row]))[None]
             assert_near(logits[row], model(alone).logits[0, -DOCUMENT:])
@@ -168,16 +170,16 @@ def test_a_second_turn_after_a_row_that_was_stopped(name):
     model, ids, turn = build(name), draw(2, WINDOW - 2), draw(2, 3)
     cache = MelodiCache(model.config)
     stop = StoppingCriteriaList([StopRowZero()])
-    how = {"past_key_values": cache, "stopping_criteria": stop, "max_new_tokens": 2 * WINDOW}
+    how = {"cache": cache, "stopping_criteria": stop, "max_new_tokens": 2 * WINDOW}
     found = generate(model, ids, eos_token_id=VOCABULARY - 1, pad_token_id=0, **how)
     mask = torch.ones_like(found)
     mask[0, WINDOW + 3 :] = 0
     assert (found[0, WINDOW + 3 :] == 0).all()
     whole, mask = torch.cat((found, turn), dim=1), torch.cat((mask, torch.ones_like(turn)), dim=1)
-    generate(model, whole, attention_mask=mask, past_key_values=cache, max_new_tokens=1)
+    generate(model, whole, attention_mask=mask, cache=cache, max_new_tokens=1)
     following = draw(2, DOCUMENT)
     with torch.no_grad():
-        logits = model(following, past_key_values=cache).logits
+        logits = model(following, cache=cache).logits
         for row, real in enumerate(mask.bool()):
             alone = torch.cat((whole[row, real], following[row]))[None]
             assert_near(logits[row], model(alone).logits[0, -DOCUMENT:])
@@ -189,7 +191,7 @@ def test_turns_with_all_ids_and_assistance(name, helper):
     model, ids, cache = build(name), draw(1, WINDOW), MelodiCache(build(name).config)
     how = {helper: build(name, seed=1) if helper == "assistant_model" else 4}
     for _ in range(3):
-        found = generate(model, ids, past_key_values=cache, **how)
+        found = generate(model, ids, cache=cache, **how)
         assert_equal(found, generate(model, ids))
         assert cache.get_seq_length() == found.shape[1] - 1
         ids = torch.cat((found, draw(1, 3)), dim=1)
@@ -205,7 +207,7 @@ def test_padding_that_lies_elsewhere_than_it_was_read_is_refused(name):
     moved = torch.ones_like(whole)
     moved[1, -7:-5] = 0
     with pytest.raises(ValueError, match="zeros in attention_mask where padding was"):
-        generate(model, whole, attention_mask=moved, past_key_values=memory)
+        generate(model, whole, attention_mask=moved, cache=memory)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -213,7 +215,7 @@ def test_a_static_memory_stays_as_it_was_too(name):
     model, document, question = build(name), draw(1, DOCUMENT), draw(1, 3)
     memory = StaticCache(config=model.config, max_cache_len=DOCUMENT)
     with torch.inference_mode():
-        model(document, past_key_values=memory)
+        model(document, cache=memory)
     ids = torch.cat((document, question), dim=1)
     for _ in range(2):
         found = model.continue_from(memory, question, do_sample=False, max_new_tokens=NEW)
@@ -224,8 +226,8 @@ def test_a_static_memory_stays_as_it_was_too(name):
 @pytest.mark.parametrize("name", EACH)
 def test_what_would_give_other_tokens_is_refused(name):
     model, ids = build(name), draw(1, 5)
-    with pytest.raises(ValueError, match="use_cache is False and past_key_values is given"):
-        generate(model, ids, past_key_values=MelodiCache(model.config), use_cache=False)
+    with pytest.raises(ValueError, match="use_cache is False and a cache is given"):
+        generate(model, ids, cache=MelodiCache(model.config), use_cache=False)
     with pytest.raises(ValueError, match="assistant_early_exit would share one memory"):
         generate(model, ids, assistant_early_exit=1)
     for wrong in ([1, 2], ids[0], ids[:, :0]):
@@ -252,6 +254,6 @@ def test_a_memory_read_in_another_precision(name, dtype):
     memory = read(model.to(dtype), ids)
     model.to(torch.float32)
     with torch.no_grad():
-        found = model(draw(2, DOCUMENT), past_key_values=memory).logits
+        found = model(draw(2, DOCUMENT), cache=memory).logits
     assert found.dtype == torch.float32
     assert found.isfinite().all()

@@ -227,9 +227,9 @@ def test_empty_slots_of_the_queue_cost_nothing_but_one(monkeypatch):
 def test_closing_a_window_costs_what_runs_beside_its_last_token():
     model = MelodiForCausalLM(TINY).eval().requires_grad_(False)
     cache = MelodiCache(TINY)
-    model(torch.randint(0, 50, (1, 7)), past_key_values=cache)
+    model(torch.randint(0, 50, (1, 7)), cache=cache)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.randint(0, 50, (1, 1)), past_key_values=cache)
+        model(torch.randint(0, 50, (1, 1)), cache=cache)
     token = 2 * (body_products_of_the_last_token(TINY) + 32 * 50)
     hidden = 5 * 16 - sum(4 + slot for slot in range(7, 12))  # computed and thrown away
     assert counter.get_total_flops() == token + closing_flops(TINY) + 2 * 3 * hidden * 2 * 32
@@ -246,14 +246,14 @@ def test_cache_holds_the_bytes_that_are_counted(config):
     from transformers import AutoModelForCausalLM
 
     cache = MelodiCache(config)
-    AutoModelForCausalLM.from_config(config)(torch.randint(0, 50, (3, 21)), past_key_values=cache)
+    AutoModelForCausalLM.from_config(config)(torch.randint(0, 50, (3, 21)), cache=cache)
     assert cache.memory_bytes() == 3 * held_bytes(config, 4)
 
 
 def test_coefficients_of_halves_are_counted_as_they_are_held():
     cache, model = MelodiCache(TINY_ELASTIC), ElasticMemoryForCausalLM(TINY_ELASTIC).bfloat16()
     with torch.no_grad():
-        model(torch.randint(0, 50, (3, 21)), past_key_values=cache)
+        model(torch.randint(0, 50, (3, 21)), cache=cache)
     assert cache.memory_bytes() == 3 * held_bytes(TINY_ELASTIC, 2)
     assert 2 * held_bytes(TINY_ELASTIC, 2) == held_bytes(TINY_ELASTIC, 4) + 2 * 6 * 32 * 4
 

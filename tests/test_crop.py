@@ -24,13 +24,13 @@ def read(model, ids, cache=None, **how):
     """A cache after reading `ids`."""
     cache = MelodiCache(model.config) if cache is None else cache
     with torch.no_grad():
-        model(ids, past_key_values=cache, **how)
+        model(ids, cache=cache, **how)
     return cache
 
 
 def next_logits(model, ids, cache):
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, cache=cache).logits
 
 
 IN_PIECES = [5, 1, 9, DOCUMENT - 15]
@@ -143,7 +143,7 @@ def test_assisted_decoding_equals_greedy(name, helper):
     wanted = model.generate(ids, **how)
     assert_equal(model.generate(ids, **how, **assistant), wanted)
     cache = MelodiCache(model.config)
-    assert_equal(model.generate(ids, past_key_values=cache, **how, **assistant), wanted)
+    assert_equal(model.generate(ids, cache=cache, **how, **assistant), wanted)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -156,7 +156,7 @@ def test_after_taking_back_a_row_of_padding_goes_on_from_what_is_left(name):
     cache.crop(-5)
     mask = torch.tensor([[1, 1], [0, 0]])
     with torch.no_grad():
-        found = model(draw(2, 2), past_key_values=cache, attention_mask=mask).logits[1, -1]
+        found = model(draw(2, 2), cache=cache, attention_mask=mask).logits[1, -1]
         assert_near(found, model(ids[1:, :-5]).logits[0, -1])
 
 

@@ -172,13 +172,13 @@ def test_a_memory_file_can_be_looked_at_in_another_way(tmp_path):
     model, other = build("elastic_memory"), build("elastic_memory", sampling="exponential")
     ids, cache = draw(1, DOCUMENT + WINDOW), MelodiCache(model.config)
     first, second = ids[:, : 3 * WINDOW], ids[:, 3 * WINDOW :]
-    model(first, past_key_values=cache)
+    model(first, cache=cache)
     cache.save(tmp_path / "book", model=model)
     found = {}
     for name, reader in {"same": model, "other": other}.items():
         loaded = MelodiCache.load(tmp_path / "book", model=reader)
-        found[name] = reader(second, past_key_values=loaded).logits
-    assert_equal(found["same"], model(second, past_key_values=cache).logits)
+        found[name] = reader(second, cache=loaded).logits
+    assert_equal(found["same"], model(second, cache=cache).logits)
     assert_differ(found["other"], found["same"])
     wider = build("elastic_memory", memory_order=8)
     with pytest.raises(ValueError, match=r"memory_order=7 and this one has memory_order=8"):
@@ -208,12 +208,12 @@ def test_coefficients_stay_float32_in_a_model_of_halves(how):
     model, ids = build("elastic_memory", window_length=2), draw(1, 128)
     cache, half = MelodiCache(model.config), MelodiCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         if how == "weights":
             model.bfloat16()
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             for piece in ids.split(2, dim=1):
-                model(piece, past_key_values=half)
+                model(piece, cache=half)
     exact, held = cache.layers[1].memory, half.layers[1].memory
     for field in ("key_coefficients", "value_coefficients"):
         found, wanted = getattr(held, field), getattr(exact, field)
@@ -305,8 +305,8 @@ def test_a_compiled_step_remembers_only_where_a_block_begins_or_ends():
     step = torch.compile(model, fullgraph=True, dynamic=False, backend=keep)
     cache = StaticCache(config=model.config, max_cache_len=DOCUMENT)
     ids = draw(1, 4)
-    model(ids[:, :3], past_key_values=cache)
-    step(ids[:, 3:], past_key_values=cache)
+    model(ids[:, :3], cache=cache)
+    step(ids[:, 3:], cache=cache)
 
     def products(graph):
         return sum(node.target is operator.matmul for node in graph.graph.nodes)

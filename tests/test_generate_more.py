@@ -23,7 +23,7 @@ def test_everything_that_can_be_returned(name, cache):
     model, ids = build(name, attn_implementation="eager"), draw(2, WINDOW + 3)
     how = {
         "default": {},
-        "melodi": {"past_key_values": MelodiCache(model.config)},
+        "melodi": {"cache": MelodiCache(model.config)},
         "static": {"cache_implementation": "static"},
         "none": {"use_cache": False},
     }[cache]
@@ -55,7 +55,7 @@ def test_attentions_are_laid_out_over_columns(name):
     with torch.no_grad():
         for piece, part in zip(ids.split(7, dim=1), mask.split(7, dim=1), strict=True):
             how = {"attention_mask": part.long(), "output_attentions": True}
-            maps.append(model(piece, past_key_values=cache, **how).attentions)
+            maps.append(model(piece, cache=cache, **how).attentions)
     width = ids.shape[1]
     for layer, found in enumerate(zip(*maps, strict=True)):
         pad = torch.nn.functional.pad
@@ -112,5 +112,5 @@ def test_stopping_criteria_stop(name):
     assert_equal(generate(model, ids, stopping_criteria=stop), wanted[:, : 5 + WINDOW])
     # and it can go on from there
     cache = MelodiCache(model.config)
-    begun = generate(model, ids, stopping_criteria=stop, past_key_values=cache)
-    assert_equal(generate(model, begun, past_key_values=cache, max_new_tokens=NEW - WINDOW), wanted)
+    begun = generate(model, ids, stopping_criteria=stop, cache=cache)
+    assert_equal(generate(model, begun, cache=cache, max_new_tokens=NEW - WINDOW), wanted)

@@ -51,7 +51,7 @@ def test_greedy_equals_uncached(name):
     model, ids = build(name), draw(2, WINDOW - 1)
     found = generate(model, ids, new=WINDOW)
     assert_equal(found, generate(model, ids, new=WINDOW, use_cache=False))
-    assert_equal(found, generate(model, ids, new=WINDOW, past_key_values=MelodiCache(model.config)))
+    assert_equal(found, generate(model, ids, new=WINDOW, cache=MelodiCache(model.config)))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -120,7 +120,7 @@ def test_turns_continue_the_memory(model):
     """Three turns; each is given all ids so far, of which the last ones are new."""
     cache, ids = MelodiCache(model.config), draw(1, 5)
     for turn in (7, WINDOW, 3):
-        found = generate(model, ids, new=6, past_key_values=cache)
+        found = generate(model, ids, new=6, cache=cache)
         assert_equal(found[:, ids.shape[1] :], read_anew(model, found)[:, ids.shape[1] - 1 : -1])
         assert cache.get_seq_length() == found.shape[1] - 1  # the last token is not read yet
         ids = torch.cat((found, draw(1, turn)), dim=1)
@@ -133,9 +133,9 @@ def test_a_question_about_a_document_that_was_read_in_pieces(name):
     cache = MelodiCache(model.config)
     with torch.no_grad():
         for piece in document.split(11, dim=1):
-            model(piece, past_key_values=cache)
+            model(piece, cache=cache)
     ids = torch.cat((document, question), dim=1)
-    found = generate(model, question, past_key_values=cache, attention_mask=torch.ones_like(ids))
+    found = generate(model, question, cache=cache, attention_mask=torch.ones_like(ids))
     assert_equal(found[:, 4:], generate(model, ids)[:, ids.shape[1] :])
     assert not torch.equal(found[:, 4:], generate(model, question)[:, 4:])
 
@@ -143,7 +143,7 @@ def test_a_question_about_a_document_that_was_read_in_pieces(name):
 def read(model, ids):
     cache = MelodiCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     return cache
 
 
@@ -157,7 +157,7 @@ def test_rows_can_be_repeated_selected_and_reordered(name, unequal):
 
     def padded_cache():
         cache = MelodiCache(model.config)
-        model(first, attention_mask=mask, past_key_values=cache)
+        model(first, attention_mask=mask, cache=cache)
         return cache
 
     ways = {
@@ -166,14 +166,14 @@ def test_rows_can_be_repeated_selected_and_reordered(name, unequal):
         "reorder_cache": (torch.tensor([2, 0, 0]), [2, 0, 0]),
     }
     with torch.no_grad():
-        alone = model(second, past_key_values=padded_cache()).logits
+        alone = model(second, cache=padded_cache()).logits
         for method, (argument, rows) in ways.items():
             cache, before = padded_cache(), padded_cache()
             getattr(cache, method)(argument)
             for held, old in zip(cache.layers, before.layers, strict=True):
                 assert_equal(list(held.memory), [tensor[rows] for tensor in old.memory])
                 assert_equal(held.progress.tokens_read, old.progress.tokens_read[rows])
-            assert_near(model(second[rows], past_key_values=cache).logits, alone[rows])
+            assert_near(model(second[rows], cache=cache).logits, alone[rows])
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -182,8 +182,8 @@ def test_a_reordered_row_is_another_row(name):
     cache, swapped = read(model, first), read(model, first)
     swapped.reorder_cache(torch.tensor([1, 0]))
     with torch.no_grad():
-        logits = model(second, past_key_values=cache).logits
-        other = model(second, past_key_values=swapped).logits
+        logits = model(second, cache=cache).logits
+        other = model(second, cache=swapped).logits
     assert_near(other, logits.flip(0))
     assert_differ(other, logits)
 
@@ -206,9 +206,9 @@ def test_the_cache_of_another_model_or_batch_is_refused(name):
     }
     for message, cache in cases.items():
         with pytest.raises(ValueError, match=message):
-            generate(model, torch.cat((ids, ids), dim=1), past_key_values=cache)
+            generate(model, torch.cat((ids, ids), dim=1), cache=cache)
     # and its own is not
-    generate(model, torch.cat((ids, ids), dim=1), past_key_values=read(model, ids))
+    generate(model, torch.cat((ids, ids), dim=1), cache=read(model, ids))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -218,7 +218,7 @@ def test_keys_and_values_of_every_token_are_refused(name):
     for layer in range(3):
         cache.update(torch.zeros(1, 2, 4, 12), torch.zeros(1, 2, 4, 12), layer)
     with pytest.raises(ValueError, match=r"give MelodiCache\(model.config\), or nothing"):
-        model(draw(1, 5), past_key_values=cache)
+        model(draw(1, 5), cache=cache)
     with pytest.raises(ValueError, match="holds a memory of windows"):
         MelodiCache(model.config).update(torch.zeros(1, 2, 4, 12), torch.zeros(1, 2, 4, 12), 0)
 
@@ -228,7 +228,7 @@ def test_a_cache_without_a_config_is_filled(name):
     model, ids = build(name), draw(2, DOCUMENT)
     cache = DynamicCache()
     with torch.no_grad():
-        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(10, dim=1)]
+        pieces = [model(piece, cache=cache).logits for piece in ids.split(10, dim=1)]
         assert_near(torch.cat(pieces, dim=1), model(ids).logits)
 
 
@@ -250,7 +250,7 @@ def test_what_was_read_in_inference_mode_is_continued_outside_of_it(model):
     ids = draw(1, 3 * WINDOW + 5)
     cache = MelodiCache(model.config)
     with torch.inference_mode():
-        model(ids[:, :-2], past_key_values=cache)
-    continued = model.generate(ids, past_key_values=cache, max_new_tokens=WINDOW, do_sample=False)
+        model(ids[:, :-2], cache=cache)
+    continued = model.generate(ids, cache=cache, max_new_tokens=WINDOW, do_sample=False)
     alone = model.generate(ids, max_new_tokens=WINDOW, do_sample=False)
     assert torch.equal(continued, alone)

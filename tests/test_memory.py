@@ -120,10 +120,10 @@ def test_reset_memory_forgets_in_its_rows_alone(model, length, carrier):
     first, second = ids[:, :length], ids[:, length:]
     if carrier == "cache":
         cache = MelodiCache(model.config)
-        carried = {"past_key_values": cache}
+        carried = {"cache": cache}
     with torch.no_grad():
         if carrier == "cache":
-            model(first, past_key_values=cache)
+            model(first, cache=cache)
         else:
             carried = {"memory": model(first, return_memory=True).memory}
         logits = model(second, reset_memory=reset, **carried).logits
@@ -190,17 +190,17 @@ def test_a_token_is_written_behind_its_window_and_copies_nothing(model, padded):
     ids = draw(2, length + 4)
     mask = torch.ones(2, length + 2).long()
     mask[0, 0] = not padded  # then rows stand at different slots
-    model(ids[:, : length + 2], attention_mask=mask, past_key_values=cache)
+    model(ids[:, : length + 2], attention_mask=mask, cache=cache)
     twin, before = cache.clone(), [layer.memory for layer in cache.layers]
     places = places_of(cache, padded)
     for one in ids[:, length + 2 :].split(1, dim=1):
-        found = model(one, past_key_values=cache).logits
+        found = model(one, cache=cache).logits
     assert len(before) == len(cache.layers)  # nothing that was held before is freed meanwhile
     assert places_of(cache, padded) == places
-    wanted = model(ids[:, length + 2 :], past_key_values=twin).logits
+    wanted = model(ids[:, length + 2 :], cache=twin).logits
     assert_near(found, wanted[:, -1:])
     with torch.enable_grad():  # nothing is written to that a graph may need
-        model(ids[:, :1], past_key_values=cache).logits.sum().backward()
+        model(ids[:, :1], cache=cache).logits.sum().backward()
 
 
 def test_returned_memory_is_detached(model):
@@ -232,7 +232,7 @@ def test_generation_holds_what_the_config_says_and_the_open_window(name):
     model = build(name)
     cache = MelodiCache(model.config)
     with torch.no_grad():
-        model(draw(2, DOCUMENT), past_key_values=cache)
+        model(draw(2, DOCUMENT), cache=cache)
     if not name.startswith("melodi"):
         assert cache.memory_bytes() == 2 * held_bytes(model.config, 4)
         return
@@ -252,17 +252,17 @@ def test_memory_and_time_do_not_grow_with_the_document(name):
     caches = MelodiCache(model.config), DynamicCache(config=model.config)
     with torch.no_grad():
         for cache in caches:
-            model(segment[:, :1000], past_key_values=cache, **one)
+            model(segment[:, :1000], cache=cache, **one)
         early = [memory_bytes(cache) for cache in caches]
         for _ in range(48):
-            model(segment, past_key_values=caches[0], **one)
+            model(segment, cache=caches[0], **one)
         for _ in range(24):
-            model(segment.repeat(1, 2), past_key_values=caches[1], **one)
+            model(segment.repeat(1, 2), cache=caches[1], **one)
         seconds = {cache: [] for cache in (MelodiCache(model.config), caches[0])}
         for _ in range(7):  # in turn, so that a busy machine slows both
             for cache, spent in seconds.items():
                 began = time.process_time()
-                model(segment, past_key_values=cache, **one)
+                model(segment, cache=cache, **one)
                 spent.append(time.process_time() - began)
     assert caches[0].memory_bytes() == early[0] == early[1] == memory_bytes(caches[1])
     assert int(caches[0].layers[0].progress.tokens_read) > 50_000
@@ -274,12 +274,12 @@ def test_a_cache_can_be_reset_and_copied(model):
     ids, cache = draw(2, DOCUMENT + 6), MelodiCache(model.config)
     first, second = ids[:, :DOCUMENT], ids[:, DOCUMENT:]
     with torch.no_grad():
-        begun = model(first, past_key_values=cache).logits
+        begun = model(first, cache=cache).logits
         copied = copy.deepcopy(cache)
-        continued = model(second, past_key_values=cache).logits
-        assert_equal(model(second, past_key_values=copied).logits, continued)
+        continued = model(second, cache=cache).logits
+        assert_equal(model(second, cache=copied).logits, continued)
         cache.reset()
-        assert_equal(model(first, past_key_values=cache).logits, begun)
+        assert_equal(model(first, cache=cache).logits, begun)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -287,9 +287,9 @@ def test_a_cache_in_another_type_keeps_its_counters(name):
     model, ids = build(name), draw(2, DOCUMENT + 6)
     cache = MelodiCache(model.config)
     with torch.no_grad():
-        model(ids[:, :DOCUMENT], past_key_values=cache)
+        model(ids[:, :DOCUMENT], cache=cache)
         cache.to(torch.float64)
-        double = model.double()(ids[:, DOCUMENT:], past_key_values=cache).logits
+        double = model.double()(ids[:, DOCUMENT:], cache=cache).logits
         assert_near(double, model(ids).logits[:, DOCUMENT:])
     assert {tensor.dtype for layer in cache.layers for tensor in layer.memory} == {torch.float64}
     assert {layer.progress.tokens_read.dtype for layer in cache.layers} == {torch.int64}
@@ -298,7 +298,7 @@ def test_a_cache_in_another_type_keeps_its_counters(name):
 @pytest.mark.parametrize("name", EACH)
 def test_a_detached_cache_cuts_the_graph(name):
     model, cache = build(name), MelodiCache(build(name).config)
-    model(draw(1, DOCUMENT), past_key_values=cache)
+    model(draw(1, DOCUMENT), cache=cache)
     held = [tensor for layer in cache.layers for tensor in layer.memory]
     assert any(tensor.requires_grad for tensor in held)
     held = [tensor for layer in cache.detach_().layers for tensor in layer.memory]

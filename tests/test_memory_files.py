@@ -34,13 +34,13 @@ from .models import (
 def read(model, ids, **how):
     cache = MelodiCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache, **how)
+        model(ids, cache=cache, **how)
     return cache
 
 
 def next_logits(model, cache, ids, **how):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, **how).logits
+        return model(ids, cache=cache, **how).logits
 
 
 def held(cache):
@@ -102,7 +102,7 @@ cache = MelodiCache.load(file, model=model)
 ids = torch.full((1, 1), 7)
 mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
 new = model.generate(
-    ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False
+    ids, attention_mask=mask, cache=cache, max_new_tokens=12, do_sample=False
 )
 torch.save(new, answer)
 """
@@ -146,7 +146,7 @@ def test_a_file_that_changes_does_not_change_what_was_loaded(file):
 
 def test_a_cache_with_a_graph_is_saved_without(file):
     model, cache = build("melodi"), MelodiCache(build("melodi").config)
-    model(draw(1, DOCUMENT), past_key_values=cache)
+    model(draw(1, DOCUMENT), cache=cache)
     cache.save(file)
     assert any(tensor.requires_grad for tensor in held(cache))
     assert_equal(held(MelodiCache.load(file)), held(cache.detach_()))

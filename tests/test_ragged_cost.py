@@ -36,11 +36,11 @@ def test_a_ragged_batch_does_little_more_than_an_equal_one(name, described, side
     even = [whole + (row < rest) for row in range(len(lengths))]
     for how in (
         {"use_cache": False},
-        {"past_key_values": MelodiCache(model.config), "logits_to_keep": 1},
+        {"cache": MelodiCache(model.config), "logits_to_keep": 1},
     ):
         work = flops(model, *ragged.batch(lengths, model.config.vocab_size, side), **how)
-        if "past_key_values" in how:
-            how["past_key_values"] = MelodiCache(model.config)
+        if "cache" in how:
+            how["cache"] = MelodiCache(model.config)
         assert work <= LIMIT * flops(
             model, *ragged.batch(even, model.config.vocab_size, side), **how
         )

@@ -64,7 +64,7 @@ def parts_of(whole, longest, seed=0):
 
 def next_logits(model, cache, ids):
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits
+        return model(ids, cache=cache).logits
 
 
 def test_the_name_is_free():
@@ -130,7 +130,7 @@ def test_reading_goes_on_from_an_earlier_cache(name):
     model, ids, more = build(name), draw(1, DOCUMENT), draw(1, 5)
     wanted = next_logits(model, model.read_document(ids), more)
     cache = model.read_document(ids[:, :11])
-    assert model.read_document(ids[:, 11:], past_key_values=cache) is cache
+    assert model.read_document(ids[:, 11:], cache=cache) is cache
     assert_near(next_logits(model, cache, more), wanted)
 
 
@@ -141,7 +141,7 @@ def test_generation_goes_on_from_what_was_read(name):
     cache = model.read_document(ids[:, :-1])
     mask = torch.ones_like(ids)
     found = model.generate(
-        ids[:, -1:], attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False
+        ids[:, -1:], attention_mask=mask, cache=cache, max_new_tokens=6, do_sample=False
     )
     assert_equal(found[:, 1:], wanted)
 
@@ -247,7 +247,7 @@ def test_only_the_beginning_of_a_document_has_a_start_token(tokenizer):
     model, word = text_model(tokenizer), "quick"
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     cache = model.read_document([5])
-    assert ids_read(model, word, tokenizer=tokenizer, past_key_values=cache) == ids
+    assert ids_read(model, word, tokenizer=tokenizer, cache=cache) == ids
     assert ids_read(model, iter([7, word, 8, word]), tokenizer=tokenizer) == [7, *ids, 8, *ids]
     assert ids_read(model, iter(["", word, "", [8], word]), tokenizer=tokenizer) == [
         0,
@@ -298,7 +298,7 @@ def test_the_source_is_asked_only_for_what_is_read_next():
             assert given - cache.get_seq_length() <= 2 * WINDOW
             yield draw(WINDOW)
 
-    model.read_document(parts(), past_key_values=cache, piece_length=2 * WINDOW)
+    model.read_document(parts(), cache=cache, piece_length=2 * WINDOW)
     assert cache.get_seq_length() == 10 * WINDOW
 
 
@@ -307,7 +307,7 @@ def test_no_graph_is_kept_and_the_cache_goes_on_to_be_written():
     cache = model.read_document(draw(1, DOCUMENT))
     held = [tensor for layer in cache.layers for tensor in layer.memory]
     assert not any(tensor.requires_grad or tensor.is_inference() for tensor in held)
-    model(draw(1, 3), past_key_values=cache).logits.sum().backward()
+    model(draw(1, 3), cache=cache).logits.sum().backward()
 
 
 def peaks(tmp_path, *tokens):
@@ -335,7 +335,7 @@ def read_and_reset(model, rows, times):
 
     def work(times):
         for _ in range(times):
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, cache=cache, logits_to_keep=1)
             cache.reset()
 
     def held():
@@ -423,10 +423,10 @@ def test_text_needs_a_tokenizer_that_fits(tokenizer):
 
 def test_what_cannot_be_gone_on_from():
     model = build("melodi")
-    with pytest.raises(ValueError, match="past_key_values is a list: give MelodiCache"):
-        model.read_document([1], past_key_values=[])
+    with pytest.raises(ValueError, match="cache is a list: give MelodiCache"):
+        model.read_document([1], cache=[])
     with pytest.raises(ValueError, match="holds 1 rows and the batch has 2"):
-        model.read_document(draw(2, 3), past_key_values=model.read_document([1]))
+        model.read_document(draw(2, 3), cache=model.read_document([1]))
 
 
 @pytest.mark.parametrize("piece_length", [0, -1, 2.5])
@@ -454,12 +454,12 @@ def test_a_wrong_id_in_the_middle_loses_nothing(kept):
     wrong[7 * WINDOW + 1] = VOCABULARY
     cache = MelodiCache(model.config) if kept else None
     read = f"{6 * WINDOW} tokens per row were read"
-    message = f"contain 61: .*{read}, into past_key_values" if kept else f"{read} before; to keep"
+    message = f"contain 61: .*{read}, into the given cache" if kept else f"{read} before; to keep"
     with pytest.raises(ValueError, match=message):
-        model.read_document(wrong, past_key_values=cache, piece_length=2 * WINDOW)
+        model.read_document(wrong, cache=cache, piece_length=2 * WINDOW)
     if kept:
         assert cache.get_seq_length() == 6 * WINDOW
-        model.read_document(ids[cache.get_seq_length() :], past_key_values=cache)
+        model.read_document(ids[cache.get_seq_length() :], cache=cache)
         assert_near(next_logits(model, cache, more), wanted)
 
 
@@ -472,7 +472,7 @@ def test_errors_of_the_source_pass_unchanged():
         raise broken
 
     with pytest.raises(UnicodeDecodeError) as raised:
-        model.read_document(parts(), past_key_values=cache, piece_length=2 * WINDOW)
+        model.read_document(parts(), cache=cache, piece_length=2 * WINDOW)
     assert raised.value is broken
     assert cache.get_seq_length() == 4 * WINDOW
 

@@ -118,7 +118,7 @@ def test_padded_rows_continued_equal_the_rows_alone(model, side, carrier):
         for lengths, columns in (((11, 4, 8), 11), ((0, 10, 2), 10), ((9, 9, 13), 13))
     ]
     rows = [[] for _ in range(3)]
-    carried = {"past_key_values": MelodiCache(model.config)} if carrier == "cache" else {}
+    carried = {"cache": MelodiCache(model.config)} if carrier == "cache" else {}
     with torch.no_grad():
         for ids, mask in calls:
             if carrier == "memory":
@@ -139,8 +139,8 @@ def test_mask_of_all_columns_equals_that_of_the_call(model):
     with torch.no_grad():
         for begin, end in ((0, 13), (13, DOCUMENT)):
             piece = ids[:, begin:end]
-            short = model(piece, attention_mask=mask[:, begin:end], past_key_values=caches[0])
-            full = model(piece, attention_mask=mask[:, :end], past_key_values=caches[1])
+            short = model(piece, attention_mask=mask[:, begin:end], cache=caches[0])
+            full = model(piece, attention_mask=mask[:, :end], cache=caches[1])
             assert_near(short.logits, full.logits, atol=0)
 
 
@@ -162,6 +162,6 @@ def test_call_of_padding_alone(name):
     ids, mask = padded((WINDOW + 3, 6), DOCUMENT, "left")
     cache = MelodiCache(model.config)
     with torch.no_grad():
-        model(ids[:, :10], attention_mask=mask[:, :10], past_key_values=cache)
-        logits = model(ids[:, 10:], attention_mask=mask, past_key_values=cache).logits
+        model(ids[:, :10], attention_mask=mask[:, :10], cache=cache)
+        logits = model(ids[:, 10:], attention_mask=mask, cache=cache).logits
         assert_near(logits, model(ids, attention_mask=mask).logits[:, 10:])

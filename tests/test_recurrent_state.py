@@ -116,14 +116,14 @@ def test_decoding_projects_the_state_once_per_window():
     model = build("block_recurrent", num_hidden_layers=1, recurrent_layers=(0,))
     calls, cache, ids = counted(model), MelodiCache(model.config), draw(2, 3 * WINDOW)
     for i in range(3 * WINDOW):
-        model(ids[:, i : i + 1], past_key_values=cache)
+        model(ids[:, i : i + 1], cache=cache)
     assert len(calls) == 3
     mask = torch.ones(2, 3)
     mask[0, :2] = 0  # rows stand at different slots from now on
-    model(draw(2, 3), past_key_values=cache, attention_mask=mask)
+    model(draw(2, 3), cache=cache, attention_mask=mask)
     calls.clear()
     for _ in range(2 * WINDOW):
-        model(draw(2, 1), past_key_values=cache)
+        model(draw(2, 1), cache=cache)
     assert len(calls) == 4
 
 
@@ -140,7 +140,7 @@ def test_a_compiled_step_projects_the_state_in_a_branch_that_runs_once_per_windo
     step = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     cache = StaticCache(config=model.config, max_cache_len=3 * WINDOW)
     ids = draw(1, 2 * WINDOW + 1)
-    found = [step(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
+    found = [step(ids[:, i : i + 1], cache=cache).logits for i in range(ids.shape[1])]
     assert_near(torch.cat(found, dim=1), model(ids).logits)
 
     def projections(graph):
@@ -174,8 +174,8 @@ def test_the_state_of_a_model_in_bfloat16_is_kept_in_float32(carrier):
     model, ids = build("block_recurrent").bfloat16(), draw(2, 3 * WINDOW + 2)
     if carrier == "cache":
         cache = MelodiCache(model.config)
-        model(ids[:, :-1], past_key_values=cache)
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, :-1], cache=cache)
+        model(ids[:, -1:], cache=cache)
         memory = cache.layers[1].memory
     else:
         memory = model(ids, return_memory=True).memory.layers[1]

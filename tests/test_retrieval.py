@@ -183,15 +183,15 @@ def test_an_index_is_built_once_for_each_content(monkeypatch):
     cache, another = MelodiCache(model.config), MelodiCache(model.config)
     heads = model.config.num_attention_heads
     for token in ids.split(1, dim=1):
-        model(token, past_key_values=cache)
+        model(token, cache=cache)
     assert count == [WINDOW] * heads + [12] * 2 * heads  # windows 1, 2 and 3
     # Two documents in turn: each finds its own.
     wanted = model(torch.cat((ids, other[:, :3]), dim=1)).logits[:, -3:]
-    model(other, past_key_values=another)
+    model(other, cache=another)
     found = []
     for token in other[:, :3].split(1, dim=1):
-        found.append(model(token, past_key_values=cache).logits)
-        model(token, past_key_values=another)
+        found.append(model(token, cache=cache).logits)
+        model(token, cache=another)
     assert_near(torch.cat(found, dim=1), wanted)
 
 

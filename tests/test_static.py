@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from melodi_hf.models.cache import within_windows
 from melodi_hf.models.generation import CompiledSteps
+from melodi_hf.models.versions import CACHE_NAME
 from melodi_hf.models.windows import Progress
 
 from .models import DOCUMENT, EACH, VARIED, WINDOW, assert_equal, assert_near, build, draw
@@ -154,7 +155,7 @@ def test_rows_that_end_cost_a_compiled_step_nothing(name):
     has_ended = (found.sequences[:, -2] == 0).tolist()
     assert has_ended[0]
     assert not all(has_ended)
-    ours, theirs = found.past_key_values.layers[0], wanted.past_key_values.layers[0]
+    ours, theirs = found.cache.layers[0], wanted.cache.layers[0]
     assert_equal(ours.progress.tokens_read, theirs.progress.tokens_read)
     for held, other in zip(ours.memory, theirs.memory, strict=True):
         assert_near(held, other)
@@ -169,7 +170,7 @@ def test_where_rows_stand_is_looked_at_once():
     model = Mock(config=SimpleNamespace(window_length=WINDOW), return_value="eager")
     step = CompiledSteps(model, Mock(return_value="compiled"))
     one, cache = torch.ones(2, 1, device="meta"), SimpleNamespace(layers=[layer])
-    how = {"input_ids": one, "attention_mask": one, "past_key_values": cache}
+    how = {"input_ids": one, "attention_mask": one, CACHE_NAME: cache}
     assert step(**how) == "compiled"
     layer.progress = Progress(torch.zeros(2, dtype=torch.long, device="meta"), None)
     wanted = [all(0 < n % WINDOW < WINDOW - 1 for n in (i + 2, i + 3)) for i in range(1, NEW)]
@@ -181,7 +182,7 @@ def test_where_rows_stand_is_looked_at_once():
 def test_a_cache_takes_nobodys_word_for_longer_than_it_is_given():
     cache = StaticCache(config=build("melodi").config, max_cache_len=DOCUMENT)
     with torch.no_grad():
-        build("melodi")(draw(1, 5), past_key_values=cache)
+        build("melodi")(draw(1, 5), cache=cache)
     with within_windows(cache):
         assert cache.layers[0].progress.within
     with pytest.raises(KeyError), within_windows(cache):
@@ -202,8 +203,8 @@ def test_a_loop_of_ones_own(name):
     step = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     cache = StaticCache(config=model.config, max_cache_len=DOCUMENT)
     with torch.no_grad():
-        found = [model(ids[:, :3], past_key_values=cache).logits]
-        found += [step(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3, DOCUMENT)]
+        found = [model(ids[:, :3], cache=cache).logits]
+        found += [step(ids[:, i : i + 1], cache=cache).logits for i in range(3, DOCUMENT)]
         assert_near(torch.cat(found, dim=1), model(ids).logits)
     assert graphs() == 1
     assert branches(modules) > 0  # nobody told it where the rows stand
@@ -222,8 +223,8 @@ def test_pieces_of_any_length_can_be_compiled(name):
     with torch.no_grad():
         both = zip((model, step), ids.split(pieces, 1), mask.split(pieces, 1), strict=True)
         for read, piece, part in both:
-            wanted = model(piece, attention_mask=part, past_key_values=cache).logits
-            found = read(piece, attention_mask=part, past_key_values=static).logits
+            wanted = model(piece, attention_mask=part, cache=cache).logits
+            found = read(piece, attention_mask=part, cache=static).logits
             assert_near(found[part > 0], wanted[part > 0])
 
 
@@ -255,11 +256,11 @@ def test_a_static_cache_takes_nothing_back(name):
     model = build(name)
     cache = StaticCache(config=model.config, max_cache_len=DOCUMENT)
     with torch.no_grad():
-        model(draw(1, 5), past_key_values=cache)
+        model(draw(1, 5), cache=cache)
     with pytest.raises(ValueError, match="static cache takes nothing back: use the default"):
         cache.crop(-1)
     cache.reset()
     assert int(cache.get_seq_length()) == 0
     ids = draw(1, DOCUMENT)
     with torch.no_grad():
-        assert_near(model(ids, past_key_values=cache).logits, model(ids).logits)
+        assert_near(model(ids, cache=cache).logits, model(ids).logits)

@@ -40,7 +40,7 @@ def test_reading_never_waits(name):
     model = meta(name)
     cache = MelodiCache(model.config)
     for columns in (2 * WINDOW + 3, *[1] * (WINDOW + 1)):
-        logits = model(ids(columns), past_key_values=cache, logits_to_keep=1).logits
+        logits = model(ids(columns), cache=cache, logits_to_keep=1).logits
     assert logits.shape == (2, 1, model.config.vocab_size)
     assert cache.get_seq_length() == 3 * WINDOW + 4
 

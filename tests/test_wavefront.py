@@ -148,8 +148,8 @@ def test_prefill_and_generation(name):
     def read():
         cache = MelodiCache(model.config)
         with torch.no_grad():
-            model(ids[:, :3], past_key_values=cache)
-            logits = model(ids[:, 3:], past_key_values=cache).logits
+            model(ids[:, :3], cache=cache)
+            logits = model(ids[:, 3:], cache=cache).logits
         return logits, [tuple(layer.memory) for layer in cache.layers]
 
     layers, diagonals = by_both(model, read)
@@ -275,7 +275,7 @@ def left_padded(model):
 def recorded(model):
     cache = MelodiCache(model.config)
     cache.activate_past_recording()
-    return {"past_key_values": cache}
+    return {"cache": cache}
 
 
 CALLS = {
@@ -391,7 +391,7 @@ def test_offloaded_cache(cells):
     cache = DynamicCache(config=model.config)
     cache.offloading = True
     with torch.no_grad():
-        model.model(ids, past_key_values=cache)
+        model.model(ids, cache=cache)
     assert {len(chunk.tokens_read) for chunk in cells} == {2}
 
 
@@ -462,6 +462,4 @@ def test_memory_of_one_schedule_is_read_by_the_other():
     cache = model.read_document(ids, progress=False)
     model.config.schedule = "layers"
     again = build("melodi", schedule="layers")
-    assert_near(
-        again(ids, past_key_values=cache.clone()).logits, model(ids, past_key_values=cache).logits
-    )
+    assert_near(again(ids, cache=cache.clone()).logits, model(ids, cache=cache).logits)

@@ -103,8 +103,8 @@ def decoding(model: PreTrainedModel) -> Callable[[], None]:
 
 
 def read(model: PreTrainedModel, ids: torch.Tensor, memory: Any) -> dict[str, Any]:
-    out = model(ids, past_key_values=memory, use_cache=True, logits_to_keep=1)
-    return {"next": out.logits.argmax(-1), "memory": out.past_key_values}
+    out = model(ids, cache=memory, use_cache=True, logits_to_keep=1)
+    return {"next": out.logits.argmax(-1), "memory": out.cache}
 
 
 def speeds(work: Mapping[str, tuple[Any, int]], seconds: Mapping[str, list[Time]]) -> dict:

@@ -21,7 +21,7 @@ def read(model: PreTrainedModel) -> torch.Tensor:
     length, vocabulary = int(WINDOWS * model.config.window_length), model.config.vocab_size
     ids = (torch.arange(2 * length) * 7919 % vocabulary).view(2, length)
     first = model(ids[:, : length // 2], use_cache=True)
-    second = model(ids[:, length // 2 :], past_key_values=first.past_key_values)
+    second = model(ids[:, length // 2 :], cache=first.cache)
     return torch.cat((first.logits, second.logits), dim=1).float()
 
 

@@ -43,7 +43,7 @@ class Stepping:
     def step(self, model=None):
         """The next token, written over the last."""
         model = self.model if model is None else model
-        output = model(self.token, past_key_values=self.cache, logits_to_keep=1)
+        output = model(self.token, cache=self.cache, logits_to_keep=1)
         self.logits.copy_(output.logits)
         self.token.copy_(self.logits.argmax(-1))
 
@@ -183,7 +183,7 @@ def decode(model, cache, batch, bench, count=None):
     ids, times = bench.ids(batch, 1), []
     for _ in range(count or bench.sizes.decoded):
         start = bench.now()
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(ids, cache=cache, logits_to_keep=1).logits
         ids = logits[:, -1:].argmax(-1)
         times.append(bench.now() - start)
     return times

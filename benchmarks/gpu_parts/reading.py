@@ -30,7 +30,7 @@ TURNS, DECODED = 4, 32  # of the peers
 def read(model, cache, ids, piece):
     """The logits of the last token."""
     for part in ids.split(piece, dim=1):
-        logits = model(part, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(part, cache=cache, logits_to_keep=1).logits
     return logits
 
 

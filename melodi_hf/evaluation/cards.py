@@ -101,15 +101,15 @@ text = tokenizer.eos_token + "A document of any length. " * 200  # eos begins ev
 ids = tokenizer(text, return_tensors="pt").input_ids
 with torch.no_grad():
     first = model(ids[:, :-1])  # a document of any length, in pieces of any length
-    memory = first.past_key_values  # all that is kept of it
+    memory = first.cache  # all that is kept of it
     mask = torch.ones_like(ids)  # of the whole length: the ids below go on from the memory
     output = model.generate(
-        ids[:, -1:], attention_mask=mask, past_key_values=memory, max_new_tokens=20
+        ids[:, -1:], attention_mask=mask, cache=memory, max_new_tokens=20
     )
 print(tokenizer.decode(output[0]))"""
 
 CARRYING = """\
-A call without `past_key_values` begins a document with an empty memory; a call with those of the
+A call without `cache` begins a document with an empty memory; a call with those of the
 call before goes on where that one ended. The memory is changed in place and does not grow."""
 
 

@@ -55,7 +55,7 @@ def read_and_continue(
         ids[None, -1:],
         # of the full length: it tells generate() that the ids continue the cache
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=ids.device),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=max_new_tokens,
         **generate_options,
     )
@@ -86,7 +86,7 @@ def read(model: PreTrainedModel, ids: Tensor, piece_length: int, progress: bool)
     with bar:
         for piece in ids.split(piece_length):
             if len(piece):
-                model(piece[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(piece[None], cache=cache, use_cache=True, logits_to_keep=1)
                 bar.update(len(piece))
     return cache
 

@@ -265,7 +265,7 @@ OURS = {WindowMemoryLayer.__name__, StaticWindowMemoryLayer.__name__}
 class MelodiCache(DynamicCache):
     """The memory of a model during generation, of fixed size however long the document.
 
-    Give it the model's config: `MelodiCache(model.config)`; then pass it as `past_key_values`.
+    Give it the model's config: `MelodiCache(model.config)`; then pass it as `cache`.
     """
 
     layers: list[WindowMemoryLayer]  # type: ignore[assignment] # of all kinds in transformers
@@ -374,15 +374,14 @@ def fetch_memory(cache, layers, x):
     """
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}: give MelodiCache(model.config), "
-            f"or nothing"
+            f"cache is a {type(cache).__name__}: give MelodiCache(model.config), or nothing"
         )
     if len(cache.layers) == 0:  # DynamicCache() without a config
         cache.layers = [WindowMemoryLayer() for _ in layers]
     kinds = {type(held).__name__ for held in cache.layers}
     if not kinds <= OURS or len(cache.layers) != len(layers):
         raise ValueError(
-            f"past_key_values holds {len(cache.layers)} layers ({', '.join(sorted(kinds))}) and "
+            f"the cache holds {len(cache.layers)} layers ({', '.join(sorted(kinds))}) and "
             f"this model has {len(layers)}: give MelodiCache(model.config), or nothing (prefix "
             f"tuning cannot write to a memory; prompt tuning can)"
         )
@@ -437,7 +436,7 @@ def _refuse_other(cache, layers, x):
     rows = cache.layers[0].batch_size
     if rows != len(x):
         raise ValueError(
-            f"past_key_values holds {rows} rows and the batch has {len(x)}: repeat or select rows "
+            f"the cache holds {rows} rows and the batch has {len(x)}: repeat or select rows "
             f"with batch_repeat_interleave or batch_select_indices, or begin with an empty cache"
         )
     for i, (held, layer) in enumerate(zip(cache.layers, layers, strict=True)):

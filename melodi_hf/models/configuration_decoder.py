@@ -40,7 +40,7 @@ class DecoderConfig(PreTrainedConfig):
     """
 
     model_type = "memory_decoder"
-    keys_to_ignore_at_inference = ["past_key_values", "memory"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "memory"]  # noqa: RUF012
     # Of the fields that a system adds, those that leave a memory and its meaning as they are.
     free_fields = tuple[str, ...]()  # an annotation would make it one of them
 

@@ -5,9 +5,10 @@ A memory architecture is a layer with one function and one value:
     layer(x, *memory, plan=plan) -> (x, *memory)        x: B T D; memory: the fields of a NamedTuple
     layer.memory_shapes()                               their shapes before the first token
 
-and the decoder carries the memories. They have two faces with one content. During generation a
-transformers `Cache` holds them (`past_key_values`). In training, `memory` is the detached value
-that the previous segment returned; `reset_memory` marks rows that begin a new document.
+and the decoder carries the memories. They have two forms with one content. During generation a
+transformers `Cache` holds them (`cache` or, by its older name, `past_key_values`). In training,
+`memory` is the detached value that the previous segment returned; `reset_memory` marks rows that
+begin a new document.
 
 The schedule is layer by layer: a layer reads all windows of the call before the next layer starts,
 so that hooks, FSDP, checkpointing and device maps find one call per layer. Where nothing of that
@@ -64,6 +65,7 @@ from .refusals import (
     refuse_unforgettable,
     refuse_unknown_ids,
 )
+from .versions import CACHE_NAME, check_keywords, choose_cache, give_both_cache_names
 from .wavefront import read_diagonally, reads_diagonally
 from .windows import Progress
 
@@ -76,6 +78,7 @@ class Memory(NamedTuple):
     progress: Progress
 
 
+@give_both_cache_names
 @dataclass
 class DecoderOutput(BaseModelOutputWithPast):
     """transformers' output, the memory, and what the layers want to be trained on besides."""
@@ -84,6 +87,7 @@ class DecoderOutput(BaseModelOutputWithPast):
     aux_loss: Tensor | None = None
 
 
+@give_both_cache_names
 @dataclass
 class CausalLMOutput(CausalLMOutputWithPast):
     """transformers' output, the memory, and what the layers want to be trained on besides."""
@@ -227,7 +231,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _is_stateful = False  # a memory takes tokens back (`crop`), so assisted decoding is exact
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values", "memory"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values", "memory"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -375,26 +379,29 @@ class DecoderModel(DecoderPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # noqa: PLR0913 (generate() and Trainer prescribe the names)
         self,
         input_ids=None,
         attention_mask=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
         memory=None,
         reset_memory=None,
         return_memory=False,
+        past_key_values=None,
         **kwargs,
     ) -> DecoderOutput:
-        # input_ids: B T; attention_mask: B T or B past+T, zero at padding; reset_memory: B
+        # input_ids: B T; attention_mask: B T or B past+T, zero at padding; reset_memory: B;
+        # past_key_values: another name of cache
+        check_keywords(kwargs)
+        cache = choose_cache(cache, past_key_values)
         x = self.embed(input_ids, inputs_embeds)
-        if past_key_values is None and use_cache and memory is None and not return_memory:
-            past_key_values = DynamicCache(config=self.config)
-        before = self._memory_before(x, past_key_values, memory, reset_memory)
-        mask = real_columns(attention_mask, x, past_key_values)
+        if cache is None and use_cache and memory is None and not return_memory:
+            cache = DynamicCache(config=self.config)
+        before = self._memory_before(x, cache, memory, reset_memory)
+        mask = real_columns(attention_mask, x, cache)
         refuse_packed_rows(mask, **kwargs)
-        cache = past_key_values
         plan = self._plan(before.progress, x, mask, None if return_memory else cache)
         if cache is not None and mask is not None and not cache.layers[0].knows_output:
             refuse_empty_rows(mask)
@@ -418,9 +425,9 @@ class DecoderModel(DecoderPreTrainedModel):
             store_memory(cache, after, plan, x, input_ids, mask)
         return DecoderOutput(
             last_hidden_state=self.norm(x),
-            past_key_values=past_key_values,
             memory=detach(after) if return_memory else None,
             aux_loss=self.auxiliary_loss(*riding),
+            **{CACHE_NAME: cache},
         )
 
     def _plan(self, progress, x, mask, cache):
@@ -449,7 +456,10 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def _memory_before(self, x, cache, memory, reset_memory):
         if cache is not None and memory is not None:
-            raise ValueError("past_key_values and memory are two faces of one thing: give one")
+            raise ValueError(
+                "cache (past_key_values) and memory are both given: they hold the same thing, the "
+                "cache for generation and memory for training; pass one of them"
+            )
         if cache is not None:
             held = fetch_memory(cache, self.layers, x)
             before = Memory(*held)
@@ -496,7 +506,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         self,
         input_ids=None,
         attention_mask=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         shift_labels=None,
@@ -506,6 +516,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         reset_memory=None,
         return_memory=False,
         skip_logits=False,
+        past_key_values=None,
         **kwargs,
     ) -> CausalLMOutput:
         """Logits of the next token, and the loss; training adds `aux_loss` if there is any.
@@ -514,16 +525,20 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         each position, as data whose targets cross segment borders has it; -100 is left out.
         memory, reset_memory (B,), return_memory: see the module.
         skip_logits: where there are labels, the loss alone, in a fraction of the memory.
+        cache, past_key_values: two names of one argument, the cache of generation; outputs give it
+        under both.
 
         Raises `ValueError` for ids outside the vocabulary, labels of another shape, masks that are
-        not B T, packed rows, and the memory of another model or batch size.
+        not B T, packed rows, and the memory of another model or batch size; `TypeError` for unknown
+        keywords.
         """
+        cache = choose_cache(cache, past_key_values)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         refuse_bad_labels(inputs, labels, shift_labels, self.config.vocab_size)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             memory=memory,
@@ -532,7 +547,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             **kwargs,
         )
         targets = shifted(labels, shift_labels)
-        if targets is not None and past_key_values is None:
+        if targets is not None and cache is None:
             targets = hide_blind(targets, attention_mask)
         hidden, columns = outputs.last_hidden_state, None
         if not isinstance(logits_to_keep, int):
@@ -549,11 +564,11 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         return CausalLMOutput(
             loss=loss,
             logits=None if logits is None else put_back(logits, columns),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             memory=outputs.memory,
             aux_loss=aux_loss,
+            **{CACHE_NAME: outputs.cache},
         )
 
     def score(self, hidden, labels, targets, skip_logits=False, **kwargs):

@@ -6,10 +6,12 @@ model.continue_from(memory, question, max_new_tokens=50)    as often as you like
 
 import torch
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.utils import ModelOutput
 
 from .cache import NOT_AN_ID, RECENT, UNKNOWN_ID, clone_cache, within_windows
 from .ragged import are_within
 from .reading import read_document
+from .versions import CACHE_NAME, check_cache_has_grown, rename_cache
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -18,25 +20,35 @@ class MemoryGenerationMixin(GenerationMixin):
     read_document = read_document
 
     def generate(self, *args, **kwargs):
-        """As in transformers. Ids that go on from a memory without repeating what it has read are
-        refused with a `ValueError` (transformers would drop some of them): see `continue_from`."""
+        """As in transformers; the cache is `cache` or `past_key_values`.
+
+        Ids that continue a memory without repeating what it has read are refused with a
+        `ValueError` (transformers would drop some of them): see `continue_from`. A step that did
+        not write to the cache raises `RuntimeError`.
+        """
+        kwargs = rename_cache(kwargs)
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
+        if cache is not None:
+            cache.columns_at_last_step = None
         refuse_impossible(self, args, kwargs)
         if ids is not None and cache is not None and kwargs.get("inputs_embeds") is None:
             refuse_lost_ids(cache, ids, kwargs.get("attention_mask"))
         if ends_row_by_row(self, args, kwargs):
             rows = EndedRows(self, args, kwargs)
             kwargs |= {"stopping_criteria": StoppingCriteriaList([rows]), "ended_rows": rows}
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        output = super().generate(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(output, ModelOutput) and CACHE_NAME == "past_key_values":
+            output.cache = output.past_key_values
+        return output
 
     def continue_from(self, memory, input_ids, attention_mask=None, **how):
         """Generate after what a memory has read, given new ids alone. The memory stays as it was.
 
         memory: a `MelodiCache` of as many rows as input_ids, or of one, which all rows go on from.
         input_ids, attention_mask: B T, the new ids and, if rows are padded, where they are real.
-        how: as for `generate`; with `return_dict_in_generate` the result's `past_key_values` is the
-            memory after it all.
+        how: as for `generate`; with `return_dict_in_generate` the result's `cache` is the memory
+            after it all.
 
         Returns what `generate` returns; sequences begin with input_ids. Raises `ValueError` for
         ids that are not B T, and whatever `generate` does.
@@ -59,7 +71,7 @@ class MemoryGenerationMixin(GenerationMixin):
         read = attention_mask.new_ones(rows, past)
         mask = torch.cat((read, attention_mask), dim=1)
         how = {"use_cache": True} | how
-        return self.generate(input_ids, attention_mask=mask, past_key_values=cache, **how)
+        return self.generate(input_ids, attention_mask=mask, cache=cache, **how)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids, next_sequence_length=None, inputs_embeds=None, ended_rows=None, **kwargs
@@ -68,7 +80,10 @@ class MemoryGenerationMixin(GenerationMixin):
 
         ended_rows: `EndedRows`, or None if rows do not end one by one.
         """
-        cache, first = kwargs.get("past_key_values"), kwargs.get("is_first_iteration")
+        kwargs = rename_cache(kwargs)
+        cache, first = kwargs.get(CACHE_NAME), kwargs.get("is_first_iteration")
+        if kwargs.get("use_cache"):
+            check_cache_has_grown(cache, first)
         if cache is not None and first and next_sequence_length is None and inputs_embeds is None:
             # Assisted decoding gives all ids in the first step of a later turn.
             past = int(cache.get_seq_length())
@@ -89,7 +104,7 @@ class MemoryGenerationMixin(GenerationMixin):
         return inputs
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **_):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **_):
         """Generation needs no mask but that of the padding in the columns of this call."""
         if attention_mask is None or inputs_embeds.shape[1] == 1:
             return None
@@ -116,7 +131,7 @@ class CompiledSteps:
         if not is_step(**inputs):
             self.slots = None
             return self.compiled(**inputs)
-        cache, window = inputs["past_key_values"], self.model.config.window_length
+        cache, window = inputs[CACHE_NAME], self.model.config.window_length
         if self.slots is None:
             self.slots = set((cache.layers[0].progress.tokens_read % window).tolist())
         is_within = are_within(self.slots, window)
@@ -127,10 +142,11 @@ class CompiledSteps:
             return self.compiled(**inputs)
 
 
-def is_step(input_ids=None, attention_mask=None, past_key_values=None, **_):
+def is_step(input_ids=None, attention_mask=None, **kwargs):
     """Whether a call reads one token of each row that goes on, after others. A mask of more columns
     (a prompt in pieces of one column) may let a row begin later."""
-    if past_key_values is None or past_key_values.layers[0].memory is None:
+    cache = kwargs.get(CACHE_NAME)
+    if cache is None or cache.layers[0].memory is None:
         return False
     each = (input_ids,) if attention_mask is None else (input_ids, attention_mask)
     return all(given is not None and given.shape[1] == 1 for given in each)
@@ -173,11 +189,11 @@ class EndedRows(StoppingCriteria):
 
 def refuse_impossible(model, args, kwargs):
     """Refuse what would give other tokens than it seems to."""
-    has_memory = kwargs.get("past_key_values") is not None
+    has_memory = kwargs.get(CACHE_NAME) is not None
     if has_memory and not setting(model, kwargs, "use_cache", args):
         raise ValueError(
-            "use_cache is False and past_key_values is given: each step would read everything "
-            "into it again; give one of them (use_cache=True goes on from the memory)"
+            "use_cache is False and a cache is given: each step would read everything into it "
+            "again; pass one of them (use_cache=True goes on from the memory)"
         )
     if setting(model, kwargs, "assistant_early_exit", args) is not None:
         raise ValueError(
@@ -203,9 +219,9 @@ def refuse_lost_ids(cache, input_ids, attention_mask):
         return
     raise ValueError(
         f"input_ids have {columns} columns and do not go on from the {past} columns that "
-        f"past_key_values has read: with new ids alone call "
-        f"model.continue_from(past_key_values, input_ids, ...); otherwise give all ids, those that "
-        f"were read first, with zeros in attention_mask where padding was"
+        f"the cache has read: with new ids alone call model.continue_from(cache, input_ids, ...); "
+        f"otherwise give all ids, those that were read first, with zeros in attention_mask where "
+        f"padding was"
     )
 
 

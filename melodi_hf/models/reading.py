@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from .cache import MelodiCache
 from .refusals import refuse_unknown_ids
+from .versions import choose_cache
 
 PIECE_WINDOWS = 8  # windows that one call reads unless told otherwise
 PROGRESS_DELAY = 3  # seconds of work before a bar appears
@@ -37,10 +38,11 @@ def read_document(
     source,
     *,
     tokenizer=None,
-    past_key_values: MelodiCache | None = None,
+    cache: MelodiCache | None = None,
     piece_length: int | None = None,
     add_special_tokens: bool = True,
     progress: bool | None = True,
+    past_key_values: MelodiCache | None = None,
 ) -> MelodiCache:
     """Read a document of any length in constant memory; the result is a cache for more reading and
     for `generate`.
@@ -55,8 +57,8 @@ def read_document(
         into words first.
     add_special_tokens: a text that begins a document is preceded by what the tokenizer puts before
         texts or, if that is nothing, by the config's `bos_token_id`. Nothing is put behind it.
-    past_key_values: what was read before, to go on from; it is written to and returned. Whatever
-        stops the reading, it holds the pieces read until then.
+    cache, past_key_values: two names of what was read before, to continue from; it is written to
+        and returned. Whatever stops the reading, it holds the pieces read until then.
     piece_length: tokens of each row that one call of the model reads; changes time and memory
         needed, not the result.
     progress: a bar with tokens per second, once it takes long; None: on a terminal only.
@@ -66,7 +68,8 @@ def read_document(
     and a model that would read with dropout. Errors of the source itself pass unchanged.
     """
     refuse_dropout(model)
-    cache = MelodiCache(model.config) if past_key_values is None else past_key_values
+    given = choose_cache(cache, past_key_values)
+    cache = MelodiCache(model.config) if given is None else given
     length = piece_columns(piece_length, model.config)
     begins = add_special_tokens and columns_read(cache) == 0
     encode = text_encoder(tokenizer, model.config, begins)
@@ -85,9 +88,9 @@ def read_document(
             try:
                 refuse_unknown_ids(piece, model.config.vocab_size)
                 ids = piece.to(model.device, torch.long)
-                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(ids, cache=cache, use_cache=True, logits_to_keep=1)
             except ValueError as error:
-                raise ValueError(f"{error} ({what_is_kept(columns, past_key_values)})") from error
+                raise ValueError(f"{error} ({what_is_kept(columns, given)})") from error
             columns += piece.shape[1]
             bar.update(piece.numel())
     if columns == 0:
@@ -95,13 +98,13 @@ def read_document(
     return cache
 
 
-def what_is_kept(columns, past_key_values):
+def what_is_kept(columns, cache):
     """The end of an error message."""
-    if past_key_values is not None:
-        return f"of this document {columns:,} tokens per row were read, into past_key_values"
+    if cache is not None:
+        return f"of this document {columns:,} tokens per row were read, into the given cache"
     return (
         f"{columns:,} tokens per row were read before; to keep such a beginning, give a "
-        f"MelodiCache as past_key_values"
+        f"MelodiCache as cache"
     )
 
 
@@ -119,7 +122,7 @@ def refuse_dropout(model):
 def columns_read(cache):
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}: give MelodiCache(model.config), what an "
+            f"cache is a {type(cache).__name__}: give MelodiCache(model.config), what an "
             f"earlier call returned, or nothing"
         )
     return int(cache.get_seq_length())
