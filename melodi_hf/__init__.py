@@ -3,6 +3,7 @@
 Importing the package registers every model with the Auto classes of transformers.
 """
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .models.cache import MelodiCache
@@ -27,6 +28,7 @@ from .models.modeling_memorizing_transformer import (
 )
 from .models.modeling_plain_transformer import PlainTransformerForCausalLM, PlainTransformerModel
 from .models.modeling_transformer_xl import TransformerXLForCausalLM, TransformerXLModel
+from .models.versions import warn_if_untested
 
 __version__ = "0.1.0"
 
@@ -55,6 +57,8 @@ __all__ = [
     "TransformerXLModel",
     "from_meliad",
 ]
+
+warn_if_untested(transformers.__version__)
 
 for config, model, language_model in (
     (MelodiConfig, MelodiModel, MelodiForCausalLM),

@@ -1,11 +1,13 @@
 """What every test can rely on: no network, one seed, one thread, and the systems."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import pytest
 import torch
+from transformers.utils.logging import warning_once
 
 from .models import MELODIS, SYSTEMS, build
 
@@ -16,6 +18,25 @@ torch.set_num_threads(1)  # the tensors are tiny, and sums keep their order
 def prepared_documents(tmp_path_factory):
     """Documents are prepared in a folder of these tests, also by the programs that they start."""
     os.environ["MELODI_HF_CACHE"] = str(tmp_path_factory.mktemp("prepared"))
+
+
+class RaiseWhatIsDeprecated(logging.Handler):
+    """transformers tells of some deprecated names in its log, where pytest does not look."""
+
+    def emit(self, record):
+        message = record.getMessage()
+        if "deprecated" in message:
+            raise AssertionError(message)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_names(request):
+    handler, logger = RaiseWhatIsDeprecated(), logging.getLogger("transformers")
+    warning_once.cache_clear()
+    if "old_names" not in request.keywords:
+        logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

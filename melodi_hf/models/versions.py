@@ -10,6 +10,9 @@ Our own functions accept both names on all versions, without a warning. Inside t
 is `cache`.
 """
 
+import re
+import warnings
+
 from torch import Tensor
 from transformers import __version__
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -31,6 +34,7 @@ HARMLESS_KEYWORDS = {
     "output_router_logits": "TRL and generate() pass it to every model; there are no experts",
     "num_items_in_batch": "the Trainer passes it to the loss",
     "ignore_index": "goes to the loss, as in the library's own loss functions",
+    "is_causal": "integrations set it for every model; False is refused",
     "return_dict": "the decorators of forward() take it out; a subclass may come without them",
     "cu_seq_lens_q": "marks packed rows, which are refused",
     "cu_seq_lens_k": "comes with `cu_seq_lens_q`",
@@ -38,6 +42,18 @@ HARMLESS_KEYWORDS = {
     "max_length_k": "comes with `cu_seq_lens_q`",
     "seq_idx": "marks packed rows, which are refused",
 }
+
+
+def warn_if_untested(version):
+    """Warn of a version of transformers that is newer than the newest one tested."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and tuple(map(int, found.groups())) > NEWEST_TESTED:
+        newest = ".".join(map(str, NEWEST_TESTED))
+        warnings.warn(
+            f"melodi_hf was tested with transformers up to {newest}, and this is {version}: if "
+            f"something fails, install transformers=={newest}.*",
+            stacklevel=3,
+        )
 
 
 def choose_cache(cache, past_key_values):
