@@ -16,11 +16,11 @@ if [[ ! -e $venv/complete ]]; then
     # The versions of all results but that of torch, which has to be torch_xla's.
     grep -vE '^(torch|torchao)==' constraints.txt >"$venv/constraints.txt"
     "$venv/bin/pip" install -q -c "$venv/constraints.txt" \
-        torch==2.9.0 torch_xla==2.9.0 absl-py numpy pyyaml requests pytest -e ".[train]"
+        torch==2.9.0 torch_xla==2.9.0 absl-py numpy pyyaml requests pytest pytest-xdist -e ".[train]"
     touch "$venv/complete"
 fi
 
 export PJRT_DEVICE=CPU HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # Nearly all the time goes into compiling; what is compiled here runs for a moment only.
 export XLA_FLAGS="${XLA_FLAGS:---xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true}"
-"$venv/bin/python" -m pytest tests/tpu "$@"
+"$venv/bin/python" -m pytest -n 0 tests/tpu "$@"
