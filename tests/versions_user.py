@@ -25,18 +25,18 @@ def save(folder):
         build(name).save_pretrained(folder / name)
 
 
+def generated(model, use_cache):
+    torch.manual_seed(0)  # sampled, since the most likely tokens of small models repeat themselves
+    how = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "use_cache": use_cache}
+    return model.generate(IDS, **how)[0, IDS.shape[1] :].tolist()
+
+
 def load(folder):
     sys.modules["melodi_hf"] = None  # importing it raises
     seen = {}
     for path in sorted(folder.iterdir()):
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
-        how = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-        seen[path.name] = {
-            str(use_cache): model.generate(IDS, use_cache=use_cache, **how)[
-                0, IDS.shape[1] :
-            ].tolist()
-            for use_cache in (True, False)
-        }
+        seen[path.name] = {str(cached): generated(model, cached) for cached in (True, False)}
     sys.stdout.write(json.dumps({"transformers": transformers.__version__, "tokens": seen}) + "\n")
 
 
