@@ -249,6 +249,45 @@ def test_logits_to_keep(name):
         assert model(ids, logits_to_keep=0).logits.shape == (2, DOCUMENT, VOCABULARY)
 
 
+@pytest.mark.parametrize("name", EACH)
+def test_columns_of_each_row_are_kept(name):
+    model, ids = build(name), draw(2, DOCUMENT)
+    places = torch.tensor([[3, WINDOW], [DOCUMENT - 1, 0]])
+    mask = torch.rand(2, DOCUMENT) < 0.3
+    with torch.no_grad():
+        logits = model(ids).logits
+        wanted = torch.stack([row[kept] for row, kept in zip(logits, places, strict=True)])
+        assert_near(model(ids, logits_to_keep=places).logits, wanted)
+        assert_near(model(ids, logits_to_keep=mask).logits, logits[mask])
+
+
+KEPT = {
+    "the last": 4,
+    "columns": torch.tensor([3, WINDOW]),
+    "columns of each row": torch.tensor([[3, WINDOW], [DOCUMENT - 2, 0]]),
+    "mask": torch.arange(2 * DOCUMENT).view(2, DOCUMENT) % 3 == 0,
+}
+
+
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_the_loss_is_that_of_the_columns_kept(kept, skip_logits):
+    model, ids = build("melodi"), draw(2, DOCUMENT)
+    targets = functional.pad(ids[:, 1:], (0, 1), value=-100)
+    is_kept = torch.zeros(2, DOCUMENT, dtype=torch.bool)
+    if isinstance(kept, int):
+        is_kept[:, -kept:] = True
+    elif kept.dtype == torch.bool:
+        is_kept = kept
+    else:
+        is_kept.scatter_(1, kept.expand(2, 2), True)
+    with torch.no_grad():
+        logits = model(ids).logits
+        wanted = functional.cross_entropy(logits[is_kept], targets[is_kept])
+        found = model(ids, labels=ids, logits_to_keep=kept, skip_logits=skip_logits).loss
+    assert_near(found, wanted)
+
+
 def test_bfloat16_is_near_float32(model):
     ids = draw(2, DOCUMENT)
     with torch.no_grad():

@@ -44,6 +44,7 @@ from .loss import (
     causal_lm_loss,
     hide_blind,
     is_plain_head,
+    keep_columns,
     loss_without_logits,
     per_target,
     put_back,
@@ -524,6 +525,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         labels: B T, the ids themselves (the model shifts them); shift_labels: B T, the target of
         each position, as data whose targets cross segment borders has it; -100 is left out.
         memory, reset_memory (B,), return_memory: see the module.
+        logits_to_keep: as in transformers; the loss is then that of these columns, too.
         skip_logits: where there are labels, the loss alone, in a fraction of the memory.
         cache, past_key_values: two names of one argument, the cache of generation; outputs give it
         under both.
@@ -550,13 +552,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         if targets is not None and cache is None:
             targets = hide_blind(targets, attention_mask)
         hidden, columns = outputs.last_hidden_state, None
-        if not isinstance(logits_to_keep, int):
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep > 0:
-            hidden = hidden[:, -logits_to_keep:]
-        else:
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             columns = scored_columns(attention_mask, hidden, targets)
-        scored = take(hidden, columns), labels, take(targets, columns)
+        kept, kept_targets = (keep_columns(x, logits_to_keep) for x in (hidden, targets))
+        scored = take(kept, columns), labels, take(kept_targets, columns)
         loss, logits = self.score(*scored, skip_logits, **kwargs)
         aux_loss = per_target(outputs.aux_loss, targets, **kwargs)
         if self.training and loss is not None and aux_loss is not None:

@@ -212,6 +212,23 @@ def scored_columns(attention_mask, hidden, targets, ignore_index=-100):
     return None if columns.all() else columns
 
 
+def keep_columns(x, logits_to_keep):
+    """Select the columns of x (B T ...) that `logits_to_keep` names.
+
+    An integer keeps so many at the end, an index (K) those columns, an index (B K) those of each
+    row, and a boolean mask (B T) the columns that are true, N ... in place of B T.
+    """
+    if x is None:
+        return None
+    if isinstance(logits_to_keep, int):
+        return x[:, -logits_to_keep:]
+    if torch.is_tensor(logits_to_keep) and logits_to_keep.dim() == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return x[logits_to_keep]
+        return x.take_along_dim(logits_to_keep.view(*logits_to_keep.shape, *[1] * (x.dim() - 2)), 1)
+    return x[:, logits_to_keep]
+
+
 def take(x, columns):
     """B T ... -> 1 N ..., what lies in the N columns of a mask; as it is for None."""
     return x if x is None or columns is None else x[columns.to(x.device)][None]
