@@ -288,6 +288,19 @@ def test_the_loss_is_that_of_the_columns_kept(kept, skip_logits):
     assert_near(found, wanted)
 
 
+@pytest.mark.parametrize("name", EACH)
+def test_all_dropout_is_in_modules(name):
+    """So that whoever turns off the modules, as TRL does, turns off all of it."""
+    model, ids = build(name, dropout=0.3, attention_dropout=0.3).train(), draw(2, DOCUMENT)
+    with torch.no_grad():
+        wanted = build(name)(ids).logits
+        assert_differ(model(ids).logits, wanted)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0
+        assert_near(model(ids).logits, wanted)
+
+
 def test_bfloat16_is_near_float32(model):
     ids = draw(2, DOCUMENT)
     with torch.no_grad():

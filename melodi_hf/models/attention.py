@@ -223,7 +223,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.temperature = Temperature(config.num_attention_heads)
         self.position: nn.Module = RelativePosition(config)
-        self.dropout = config.attention_dropout
+        # A module although its rate alone is used: TRL and others turn dropout off in modules.
+        self.dropout = nn.Dropout(config.attention_dropout)
         self.config = config  # whose implementation of attention may be changed later
         self.with_empty = hide_empty if config.mask_empty_memory else keep_empty
         self.without_empty = leave_out_empty if config.mask_empty_memory else fold_empty
@@ -254,7 +255,7 @@ class Attention(nn.Module):
             k, v, bias = self.without_empty(k, v, filled)
             num_slots = k.shape[2]
         bias = self.with_empty(bias, num_slots, filled)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         eager = self.config._attn_implementation == "eager"
         attended = attend(q, k, v, bias, in_order=in_order, dropout=dropout, eager=eager)
         if kept is not None:
