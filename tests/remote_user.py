@@ -78,7 +78,7 @@ def main(folder, new_folder, ids):
     seen = {
         "refused": refused,
         "encoded": [tokenizer(TEXT).input_ids for tokenizer in tokenizers],
-        "config": [config.model_type, config.memory_floats()],
+        "config": [config.model_type, config.memory_floats(), config.logit_scale],
         "classes": [type(each).__name__ for each in (config, headless, model)],
         "hidden": headless(ids).last_hidden_state.tolist(),
         "logits": model(ids).logits.tolist(),

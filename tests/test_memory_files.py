@@ -257,7 +257,7 @@ def test_another_system_is_refused(written):
 
 
 def test_fields_that_do_not_shape_a_memory_may_differ(written):
-    free = {"dropout": 0.1, "eos_token_id": 3, "use_cache": False, "initial_temperature": 2.0}
+    free = {"dropout": 0.1, "eos_token_id": 3, "use_cache": False, "logit_scale": 0.5}
     assert free.keys() <= FREE_FIELDS
     next_logits(build("melodi", **free), MelodiCache.load(written), draw(2, 5))
 

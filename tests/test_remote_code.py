@@ -123,7 +123,8 @@ def test_model_is_the_same_without_the_package(seen, models, name):
     model, without = models[name], seen[name]
     parts = model.config, model.model, model
     assert without["classes"] == [type(part).__name__ for part in parts]
-    assert without["config"] == [model.config.model_type, model.config.memory_floats()]
+    config = model.config
+    assert without["config"] == [config.model_type, config.memory_floats(), config.logit_scale]
     with torch.no_grad():
         assert_near(torch.tensor(without["logits"]), model(IDS).logits, atol=1e-6)
         hidden = model.model(IDS).last_hidden_state

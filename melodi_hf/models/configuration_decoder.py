@@ -61,12 +61,20 @@ class DecoderConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.05
     initial_embedding_std: float | int = 1.0
     initial_temperature: float | int = 1.0  # of attention, per head; greater is sharper
+    # Factor of the logits, under the name that TRL and others read. None: 1/sqrt(hidden_size), as
+    # released, resolved at construction.
+    logit_scale: float | int | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     schedule: str = "auto"  # of reading: "layers", "wavefront" (by diagonals), or either
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.logit_scale is None and self.hidden_size > 0:
+            self.logit_scale = self.hidden_size**-0.5
+        super().__post_init__(**kwargs)
 
     @property
     def layer_types(self) -> list[str]:
@@ -93,8 +101,9 @@ class DecoderConfig(PreTrainedConfig):
             rate = getattr(self, name)
             if not 0 <= rate < 1:
                 raise ValueError(f"{name} is {rate}: it is a probability, 0 <= {name} < 1")
-        for name in ("rms_norm_eps", "initial_embedding_std", "initial_temperature"):
-            if getattr(self, name) <= 0:
+        positive = ("rms_norm_eps", "initial_embedding_std", "initial_temperature", "logit_scale")
+        for name in positive:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be greater than 0")
         if self.hidden_act not in ACT2FN:
             raise ValueError(

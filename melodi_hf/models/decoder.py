@@ -298,6 +298,7 @@ class DecoderModel(DecoderPreTrainedModel):
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([self.make_layer(config, i) for i in layers])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
 
     def make_layer(self, config, layer_idx) -> DecoderLayer:
@@ -425,7 +426,9 @@ class DecoderModel(DecoderPreTrainedModel):
         if cache is not None:
             store_memory(cache, after, plan, x, input_ids, mask)
         return DecoderOutput(
-            last_hidden_state=self.norm(x),
+            # Dropout before the head belongs here: losses that are made from the hidden states and
+            # the weights of the head, as TRL's are, would miss it in the language model.
+            last_hidden_state=self.dropout(self.norm(x)),
             memory=detach(after) if return_memory else None,
             aux_loss=self.auxiliary_loss(*riding),
             **{CACHE_NAME: cache},
@@ -476,7 +479,7 @@ class DecoderModel(DecoderPreTrainedModel):
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel):
-    """A language model; its head is the embedding table, scaled by 1/sqrt(D)."""
+    """A language model; its head is the embedding table, scaled by `config.logit_scale`."""
 
     model_class: type[DecoderModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -484,7 +487,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = self.model_class(config)
-        self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
@@ -573,7 +575,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
     def score(self, hidden, labels, targets, skip_logits=False, **kwargs):
         """hidden: B T D -> the loss, None without targets (B T), and logits, B T V; these may be
         skipped where nothing but the loss wants to see the head at work."""
-        hidden = self.dropout(hidden) * self.config.hidden_size**-0.5
+        hidden = hidden * self.config.logit_scale
         can_skip = is_plain_head(self.lm_head) and not torch.compiler.is_compiling()
         if skip_logits and targets is not None and can_skip:
             return loss_without_logits(hidden, self.lm_head.weight, targets, **kwargs), None

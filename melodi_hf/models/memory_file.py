@@ -36,6 +36,7 @@ FREE_FIELDS = {
     "attention_dropout",
     "initial_embedding_std",
     "initial_temperature",
+    "logit_scale",
     "tie_word_embeddings",
     "use_cache",
     "schedule",
