@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import melodi_hf
@@ -104,3 +105,35 @@ def test_the_head_can_be_replaced(name):
     with torch.no_grad():
         hidden = model.model(ids).last_hidden_state
         assert_near(model(ids).logits, new(hidden * SCALE))
+
+
+def replace_forward(head):
+    forward = head.forward
+    head.forward = lambda x: forward(x) * 2
+
+
+def watch(kind):
+    return lambda head: getattr(head, kind)(lambda *_: None)
+
+
+CHANGED = {
+    "forward replaced": replace_forward,
+    "forward hook": watch("register_forward_hook"),
+    "forward pre-hook": watch("register_forward_pre_hook"),
+    "backward hook": watch("register_full_backward_hook"),
+    "backward pre-hook": watch("register_full_backward_pre_hook"),
+    "parametrisation": lambda head: nn.utils.parametrizations.weight_norm(head),
+    "int8": lambda head: quantize_(head, Int8WeightOnlyConfig(version=2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_a_head_that_is_more_than_its_matrix_is_called(change):
+    model, ids = build("melodi", tie_word_embeddings=False), draw(1, DOCUMENT)
+    assert model(ids, labels=ids, skip_logits=True).logits is None
+    change(model.lm_head)
+    output = model(ids, labels=ids, skip_logits=True)
+    with torch.no_grad():
+        wanted = model.lm_head(model.model(ids).last_hidden_state * SCALE)
+    assert_near(output.logits, wanted)
+    assert_near(output.loss, model(ids, labels=ids).loss)

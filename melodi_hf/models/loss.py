@@ -168,10 +168,11 @@ def _mean(total, target, num_items_in_batch, ignore_index):
 
 def is_plain_head(head):
     """Whether a head is a matrix that may be used without calling its module."""
-    is_linear = type(head) is nn.Linear and head.bias is None
-    hooks = is_linear and (head._forward_hooks or head._forward_pre_hooks)
-    is_tensor = is_linear and type(head.weight) is nn.Parameter and not head.weight.is_meta
-    return bool(is_tensor and not hooks)
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    is_watched = any(getattr(head, name) for name in hooks)
+    return type(head.weight) is nn.Parameter and not head.weight.is_meta and not is_watched
 
 
 def per_target(total, targets, num_items_in_batch=None, ignore_index=-100, **_):
