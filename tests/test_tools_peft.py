@@ -71,6 +71,18 @@ def test_lora_is_trained_saved_loaded_and_merged(tmp_path, name):
     assert_near(logits(reloaded, ids), trained)
 
 
+def test_an_adapter_of_the_head_is_merged_if_it_is_not_tied():
+    lora = LoraConfig(**LORA | {"target_modules": ["lm_head"]})
+    model = get_peft_model(build("melodi", tie_word_embeddings=False), lora)
+    ids = draw(2, DOCUMENT)
+    losses = train(model, ids)
+    assert losses[-1] < losses[0]
+    trained = logits(model, ids)
+    assert_near(logits(model.merge_and_unload(), ids), trained)
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
+        get_peft_model(build("melodi"), lora)
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_prompt_tuning_is_a_text_before_the_text(tmp_path, name):
     base, ids = save(name, tmp_path / "base"), draw(2, DOCUMENT)
