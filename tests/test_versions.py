@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.utils.generic import TransformersKwargs
 
 from melodi_hf import MelodiCache
 from melodi_hf.models.versions import (
@@ -24,6 +25,7 @@ from melodi_hf.models.versions import (
 )
 
 from .models import DOCUMENT, EACH, WINDOW, assert_equal, build, draw
+from .text import tiny_tokenizer
 
 NAMES = ("cache", "past_key_values")
 OLDEST, BEFORE, NEWEST = "5.17.0", "5.23.0", "5.24.0"
@@ -106,6 +108,7 @@ def test_harmless_keywords_change_nothing(system):
     columns = torch.arange(DOCUMENT).expand(2, -1)
     given = {
         "position_ids": columns,
+        "tokenizer": object(),
         "token_type_ids": torch.zeros_like(ids),
         "output_attentions": False,
         "output_hidden_states": False,
@@ -126,6 +129,19 @@ def test_harmless_keywords_change_nothing(system):
         assert_equal(system(ids, **{name: value}).logits, wanted)
     with pytest.raises(ValueError, match="is_causal is False: these models are causal"):
         system(ids, is_causal=False)
+
+
+def test_the_keywords_of_every_model_of_the_library_are_known():
+    assert TransformersKwargs.__optional_keys__ <= HARMLESS_KEYWORDS.keys()
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}])
+def test_generate_with_a_tokenizer(melodi, how):
+    """Which it passes on to every call of the model."""
+    ids, tokenizer = draw(1, 9), tiny_tokenizer()
+    how = {"max_new_tokens": 5, "do_sample": False} | how
+    found = melodi.generate(ids, tokenizer=tokenizer, stop_strings=["never there"], **how)
+    assert_equal(found, melodi.generate(ids, **how))
 
 
 # generate() fails loudly where it would ignore the cache
