@@ -191,6 +191,10 @@ def test_a_cache_takes_nobodys_word_for_longer_than_it_is_given():
 
 
 @pytest.mark.slow
+# Importing inductor defines torch's own ScriptModule classes (torch/utils/mkldnn.py), which warns.
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning:torch.jit._script"
+)
 @pytest.mark.parametrize("name", VARIED)
 def test_a_step_of_machine_code_gives_the_same_tokens(name):
     check_compiled(build(name), backend="inductor", mode="default")
