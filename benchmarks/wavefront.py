@@ -9,10 +9,10 @@ gives the last logits, "training" is forward and backward of the loss. On a CPU 
 seconds of one thread, in float32; on a GPU they are seconds until the device is done, with float32
 weights under bfloat16 autocast.
 
-"work of a cell" is B W D² (rows, tokens of a window, channels), "cells per step" N K / (N + K - 1):
-what the rule of "auto" looks at. `cells` are small models, `reference` is one of 8 layers of 512
-channels and windows of 512, `paper` is MELODI's of 12 layers of 1024, which reads 65 536 tokens and
-trains on segments of 4096; these two are measured in 3 rounds.
+"work of a cell" is B W D² (rows, tokens of a window, channels), "cells per step" N K / (N + K - 1).
+`cells` are small models, `reference` is one of 8 layers of 512 channels and windows of 512, `paper`
+is MELODI's of 12 layers of 1024, which reads 65 536 tokens and trains on segments of 4096; these
+two are measured in 3 rounds.
 """
 
 import argparse

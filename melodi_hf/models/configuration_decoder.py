@@ -7,12 +7,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-# In which order the cells (layer, window) of a call are read, which does not change what they are.
-# "layers": layer by layer. "wavefront": by diagonals, cells of different layers side by side; then
-# a call that cannot be read so (fewer than two whole windows, rows at different places, attentions
-# or hidden states asked for) is read layer by layer all the same, and a model that cannot (its
-# system, hooks, adapters, checkpointing, weights that are quantised or elsewhere) is refused.
-# "auto": by diagonals where that is possible and was measured to be faster (see `wavefront`).
+# The order in which the cells (layer, window) of a call are computed, which does not change their
+# values. "layers": layer by layer. "auto": the same; checkpoints of earlier versions have it.
+# "wavefront": by diagonals, cells of different layers side by side. A call that cannot be read so
+# (fewer than two whole windows, rows at different places, attentions or hidden states asked for) is
+# read layer by layer all the same. A model is refused unless its layers are the same computation
+# with other weights: other classes, attributes, hooks, adapters, checkpointing, weights that are
+# quantised or elsewhere (see `side_by_side`).
 SCHEDULES = ("auto", "layers", "wavefront")
 
 
@@ -66,7 +67,7 @@ class DecoderConfig(PreTrainedConfig):
     logit_scale: float | int | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
-    schedule: str = "auto"  # of reading: "layers", "wavefront" (by diagonals), or either
+    schedule: str = "layers"  # or "wavefront", see `SCHEDULES`
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

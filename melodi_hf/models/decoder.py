@@ -11,8 +11,8 @@ transformers `Cache` holds them (`cache` or, by its older name, `past_key_values
 begin a new document.
 
 The schedule is layer by layer: a layer reads all windows of the call before the next layer starts,
-so that hooks, FSDP, checkpointing and device maps find one call per layer. Where nothing of that
-kind is there, windows may be read diagonal by diagonal instead (`wavefront`, `config.schedule`).
+so that hooks, FSDP, checkpointing and device maps find one call per layer. `config.schedule =
+"wavefront"` asks for windows to be read diagonal by diagonal instead (`wavefront`).
 """
 
 import math
@@ -120,13 +120,13 @@ class DecoderLayer(GradientCheckpointingLayer):
     # The kinds that sum up the whole past, in which no window can be told from another.
     summaries_of_the_past: ClassVar[tuple[str, ...]] = ()
     kept_in_float32: ClassVar[tuple[str, ...]] = ()  # the fields that bfloat16 would spoil
-    # Whether all of a layer waits for what it made of the window before, not attention alone.
-    is_sequential: ClassVar[bool] = False
-    # Whether layers of this very class can be read side by side (`wavefront`). A subclass may stand
-    # among them if it names the methods that it has for itself, (*tensors, memory, chunk) -> the
-    # last of the tensors anew, or the memory; and the class the fields that only these look at.
-    stacks: ClassVar[bool] = False
+    # Layers whose class sets `stacks` can be read side by side (`wavefront`): the classes of their
+    # modules, besides those that `side_by_side` knows. A subclass may stand among them if it names
+    # the methods that it has for itself, (*tensors, memory, chunk) -> the last of the tensors anew,
+    # or the memory; the parameters and modules and the fields that only these look at.
+    stacks: ClassVar[tuple[type, ...]]
     own_steps: ClassVar[tuple[str, ...]] = ()
+    own_parts: ClassVar[tuple[str, ...]] = ()
     own_fields: ClassVar[tuple[str, ...]] = ()
 
     memory_type: ClassVar[type]  # the NamedTuple
@@ -416,7 +416,7 @@ class DecoderModel(DecoderPreTrainedModel):
             plan.keep_weights()
         offload = cache is not None and cache.offloading
         watched = offload or kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if columns is None and not watched and reads_diagonally(self, plan, x):
+        if columns is None and not watched and reads_diagonally(self, plan):
             (x, *riding), layers = read_diagonally(self, x, before.layers, plan)
         else:
             (x, *riding), layers = self.read_by_layers(x, before.layers, plan, columns, offload)

@@ -128,7 +128,7 @@ class MelodiLayer(DecoderLayer):
         "long": ("long", "long_keys", "long_values"),
     }
     long_length = 0
-    stacks = is_sequential = True
+    stacks = FeedForward, TokenMixer, NormalisedTokenMixer, KeepSummaries, KeepNothing
     own_fields = ("long", "long_keys", "long_values")
 
     def __init__(self, config, layer_idx):
@@ -244,15 +244,18 @@ class MelodiLayer(DecoderLayer):
 class LongTermMelodiLayer(MelodiLayer):
     """A layer with short-term and long-term memory."""
 
-    stacks = False
     own_steps = ("consult_queue", "push")
+    own_parts = ("gate", "long_mixer")
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.long_length = config.long_memory_length
         self.gate = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
         pushed = config.num_long_memory_tokens
         self.long_mixer = TokenMixer(config, pushed) if pushed else KeepNothing()
+
+    @property
+    def long_length(self):  # type: ignore[override]
+        return self.config.long_memory_length
 
     def open(self, memory):
         # In training the tokens are projected anew: gradients reach the weights, not the tokens.

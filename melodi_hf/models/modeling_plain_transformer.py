@@ -24,7 +24,7 @@ from .sliding_window import SlidingWindowLayer
 class PlainTransformerLayer(SlidingWindowLayer):
     """A layer that attends to the W tokens before each token, as far as its context reaches."""
 
-    stacks = True
+    stacks = SlidingWindowLayer.stacks
 
     def filled_slots(self, chunk):
         since = chunk.windows_read % self.config.context_windows

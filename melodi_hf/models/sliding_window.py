@@ -33,7 +33,7 @@ class SlidingWindowLayer(DecoderLayer):
     window_axis = {"keys": 2, "values": 2}  # noqa: RUF012
     changed_by_closing: ClassVar[tuple[str, ...]] = ("keys", "values")
     kinds = {"short": ("keys", "values")}  # noqa: RUF012
-    stacks = True
+    stacks: ClassVar[tuple[type, ...]] = (FeedForward,)
 
     def __init__(self, config, layer_idx):
         super().__init__()

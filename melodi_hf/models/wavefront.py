@@ -14,6 +14,9 @@ runs it is `forward` of the layers' own class, on a copy of a layer that has the
 (`side_by_side`). What only some of the layers do (a long-term memory) these do themselves, with
 their rows (`DecoderLayer.own_steps`).
 
+Only `config.schedule = "wavefront"` asks for it. Layers that may differ in more than their weights
+are refused (`side_by_side.why_not_stackable`).
+
 Weights are stacked anew in each call, which costs their size in memory. Dropout draws in another
 order, and a weight that nothing depends on has a gradient of zeros instead of none.
 """
@@ -23,100 +26,38 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from .configuration_decoder import refuse_unknown_schedule
-from .side_by_side import GROUPED, Weights, with_parts
+from .side_by_side import Weights, family_of, why_not_stackable, with_parts
 from .windows import Plan, Progress
 
-# "auto" reads by diagonals if there are so many cells to a step, and if a cell has no more to do
-# than this, B W D² (rows, tokens of a window, channels), without gradients and with them: then what
-# a step costs besides its products is what counts. From benchmarks/results/wavefront.json, which
-# was measured on a CPU; elsewhere nothing was, and "auto" reads layer by layer until it is.
-LEAST_CELLS_PER_STEP = 2.5
-MOST_WORK, MOST_WORK_TO_TRAIN = 2**21, 2**20
 
+def reads_diagonally(model, plan):
+    """Whether a call is to be read by diagonals.
 
-def reads_diagonally(model, plan, x):
-    """Whether a call is to be read by diagonals. x: B T D.
-
-    Raises `ValueError` if the schedule asks for it and no call of this model can be.
+    Raises `ValueError` if the schedule is "wavefront" and the layers may differ in more than their
+    weights.
     """
     if type(plan) is not Plan or len(plan.chunks) < 2 or torch.compiler.is_compiling():
         return False
-    schedule, num_layers = model.config.schedule, len(model.layers)
-    refuse_unknown_schedule(schedule)
+    refuse_unknown_schedule(model.config.schedule)
     first, last = whole_windows(plan)
     recorded = plan.chunks[0].snapshots is not None
-    if schedule == "layers" or recorded or last - first < 2 or num_layers < 2:
+    if model.config.schedule != "wavefront" or recorded or last - first < 2:
         return False
-    if schedule == "auto":
-        work = len(x) * model.config.window_length * x.shape[-1] ** 2
-        is_known = x.device.type == "cpu" and model.layers[0].is_sequential
-        is_better = is_known and pays(num_layers, last - first, work)
-        return is_better and why_not(model.layers) is None
-    reason = why_not(model.layers)
+    if len(model.layers) < 2:
+        return False
+    reason = why_not_stackable(model.layers)
     if reason is not None:
         raise ValueError(
-            f"schedule is 'wavefront', but {reason}: set model.config.schedule to 'auto', which "
-            f"reads by diagonals where that is possible, or to 'layers'"
+            f"schedule is 'wavefront', but {reason}. Set model.config.schedule to 'layers'."
         )
     return True
-
-
-def pays(num_layers, num_windows, work):
-    """Whether diagonals were measured to be faster in a system whose layers are sequential."""
-    cells, steps = num_layers * num_windows, num_layers + num_windows - 1
-    most = MOST_WORK_TO_TRAIN if torch.is_grad_enabled() else MOST_WORK
-    return cells >= LEAST_CELLS_PER_STEP * steps and work <= most
 
 
 def whole_windows(plan):
     """The first of the chunks that are whole windows, and the first behind them."""
     return int(plan.chunks[0].fill > 0), len(plan.chunks) - (not plan.chunks[-1].closes)
-
-
-def why_not(layers):
-    """Why layers cannot be stacked, or None if they can."""
-    family = family_of(layers)
-    if not vars(family).get("stacks", False):
-        names = " and ".join(sorted({type(layer).__name__ for layer in layers}))
-        return f"layers of the kind {names} cannot be read side by side"
-    if any(layer.gradient_checkpointing and layer.training for layer in layers):
-        return "gradient checkpointing wants one call per layer"
-    device = next(layers.parameters()).device
-    for name, module in layers.named_modules():
-        if not is_plain(module, device):
-            kind = type(module).__name__
-            return f"layers.{name} ({kind}) has hooks, an adapter, or weights of another kind"
-    return None
-
-
-def family_of(layers):
-    """The class of layers, but for what some of them do in their own way."""
-    families = {
-        next(c for c in type(layer).__mro__ if not getattr(c, "own_steps", ())) for layer in layers
-    }
-    return families.pop() if len(families) == 1 else type(None)
-
-
-def is_plain(module, device):
-    """Whether a module does with its weights what its class says: no hooks (accelerate, FSDP,
-    ZeRO), no adapters, no weights that are quantised, elsewhere or nowhere."""
-    watched = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if watched or "forward" in vars(module) or module._compiled_call_impl is not None:
-        return False
-    # Those of transformers sleep unless a call asks for hidden states.
-    hooks = {getattr(hook, "__name__", "") for hook in module._forward_hooks.values()}
-    if hooks - {"output_capturing_hook"}:
-        return False
-    weights = [weight for weight in module._parameters.values() if weight is not None]
-    if any(type(w) is not nn.Parameter or w.device != device or w.is_meta for w in weights):
-        return False
-    if type(module) in GROUPED or type(module) is nn.ModuleList:
-        return True
-    ours = type(module).__module__.rpartition(".")[0] == __name__.rpartition(".")[0]
-    return ours or not (weights or module._modules)
 
 
 def read_diagonally(model, x, memories, plan):
@@ -158,7 +99,7 @@ class Wavefront:
 
     def __init__(self, layers, memories, plan):
         self.layers, self.plan, self.batch_size = layers, plan, plan.lanes
-        self.family, num_windows = family_of(layers), len(plan.chunks)
+        self.family, num_windows = family_of(layers[0]), len(plan.chunks)
         pairs = zip(layers, memories, strict=True)
         self.memories = [layer.open(between_windows(layer, memory)) for layer, memory in pairs]
         fields, own = self.family.memory_type._fields, self.family.own_fields
