@@ -167,3 +167,26 @@ def test_what_a_row_of_padding_would_go_on_from_may_be_gone(name):
     cache.crop(-2)
     with pytest.raises(ValueError, match=r"row 1 has nothing but padding right after crop\(\)"):
         read(model, draw(2, 2), cache, attention_mask=torch.tensor([[1, 1], [0, 0]]))
+
+
+def test_what_was_taken_back_cannot_be_taken_back_again():
+    """At most as many columns as were read since, however often some are taken back and read."""
+    model, ids = build("melodi"), draw(1, 7 * WINDOW)
+    cache = MelodiCache(model.config)
+    cache.activate_past_recording()
+    read_columns = 0
+    for read_now, removed in [(DOCUMENT, 4), (3, 3), (WINDOW, 20), (2, 1)]:
+        read(model, ids[:, read_columns : read_columns + read_now], cache)
+        read_columns += read_now
+        with pytest.raises(ValueError, match=f"at most the last {read_columns};"):
+            cache.crop(-(read_columns + 1))
+        cache.crop(-removed)
+        read_columns -= removed
+        assert cache.get_seq_length() == read_columns
+        with pytest.raises(ValueError, match=f"at most the last {read_columns};"):
+            cache.crop(-(read_columns + 1))
+    cache.crop(-read_columns)
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="at most the last 0;"):
+        cache.crop(-1)
+    assert_near(next_logits(model, ids, cache), next_logits(model, ids, MelodiCache(model.config)))

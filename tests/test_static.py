@@ -216,16 +216,22 @@ def test_a_loop_of_ones_own(name):
 
 
 @pytest.mark.parametrize("name", ["melodi_masked", "transformer_xl_masked"])
-def test_pieces_of_any_length_can_be_compiled(name):
+@pytest.mark.parametrize(
+    ("pieces", "share"),
+    # The first makes the buffers. A share of 1: the second ends with a window, and the third sees
+    # what it left.
+    [([3, WINDOW + 6], 0.7), ([WINDOW - 1, WINDOW + 1, 2], 1), ([3, WINDOW - 3, 2], 1)],
+)
+def test_pieces_of_any_length_can_be_compiled(name, pieces, share):
     """Also with padding: nothing depends on what a tensor holds."""
-    pieces = [3, WINDOW + 6]  # the first makes the buffers
     model, ids = small(name), draw(3, sum(pieces))
-    mask = (torch.rand(ids.shape) < 0.7).long()
+    mask = (torch.rand(ids.shape) < share).long()
     step = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     static = StaticCache(config=model.config, max_cache_len=DOCUMENT)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        both = zip((model, step), ids.split(pieces, 1), mask.split(pieces, 1), strict=True)
+        readers = [model] + [step] * (len(pieces) - 1)
+        both = zip(readers, ids.split(pieces, 1), mask.split(pieces, 1), strict=True)
         for read, piece, part in both:
             wanted = model(piece, attention_mask=part, cache=cache).logits
             found = read(piece, attention_mask=part, cache=static).logits

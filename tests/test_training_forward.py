@@ -403,3 +403,22 @@ def test_logits_are_there_where_something_else_watches_the_head():
     with model.lm_head.register_forward_hook(lambda *_: None):
         assert model(ids, labels=ids, skip_logits=True).logits is not None
     assert model(ids, labels=ids, skip_logits=True).logits is None
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_targets_of_padding_amid_a_row_are_predicted_by_the_token_before_it(name):
+    """Those before a row's first token are left out; the sum goes over single columns here."""
+    model, ids = build(name), draw(2, DOCUMENT)
+    mask = torch.rand(ids.shape) < 0.6
+    mask[:, :3], mask[1, 3:6] = False, False
+    targets, losses = draw(2, DOCUMENT), []
+    with torch.no_grad():
+        for row in range(2):
+            alone = model(ids[row, mask[row]][None]).logits[0].log_softmax(-1)
+            for column in range(DOCUMENT):
+                read = int(mask[row, : column + 1].sum())
+                if read:
+                    losses.append(-alone[read - 1, targets[row, column]])
+        found = model(ids, attention_mask=mask.long(), shift_labels=targets).loss
+    assert 3 < len(losses) < 2 * DOCUMENT
+    assert_near(found, torch.stack(losses).mean())
