@@ -190,3 +190,35 @@ def test_what_was_taken_back_cannot_be_taken_back_again():
     with pytest.raises(ValueError, match="at most the last 0;"):
         cache.crop(-1)
     assert_near(next_logits(model, ids, cache), next_logits(model, ids, MelodiCache(model.config)))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_tokens_are_taken_back_to_the_end_of_a_window_and_then_more(name):
+    """The window that was full there can still be opened again."""
+    model, ids, following = build(name), draw(2, 2 * WINDOW + 3), draw(2, WINDOW + 2)
+    cache = MelodiCache(model.config)
+    cache.activate_past_recording()
+    read(model, ids, cache)
+    cache.crop(-3)
+    cache.crop(-2)
+    anew = read(model, ids[:, : 2 * WINDOW - 2])
+    assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
+
+
+def test_a_row_of_padding_needs_an_output_that_was_not_taken_back():
+    """As many columns are taken back as there are outputs: none is left to go on with."""
+    model, ids = build("melodi"), draw(2, WINDOW + 5)
+    mask = torch.ones(2, 2).long()
+    mask[1] = 0
+    for removed in (WINDOW + 5, WINDOW + 6):
+        cache = read(model, ids[:, :3])
+        cache.activate_past_recording()
+        read(model, ids, cache)
+        assert cache.layers[0].output.shape[1] == WINDOW + 6
+        cache.crop(-removed)
+        if removed == WINDOW + 5:
+            with torch.no_grad():
+                found = model(ids[:, :2], attention_mask=mask, past_key_values=cache).logits
+                assert_near(found[1, -1], model(ids[:, :3]).logits[1, -1])
+    with pytest.raises(ValueError, match=r"row 1 has nothing but padding right after crop\(\)"):
+        model(ids[:, :2], attention_mask=mask, past_key_values=cache)
