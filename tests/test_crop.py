@@ -222,3 +222,15 @@ def test_a_row_of_padding_needs_an_output_that_was_not_taken_back():
                 assert_near(found[1, -1], model(ids[:, :3]).logits[1, -1])
     with pytest.raises(ValueError, match=r"row 1 has nothing but padding right after crop\(\)"):
         model(ids[:, :2], attention_mask=mask, past_key_values=cache)
+
+
+def test_no_more_is_taken_back_than_ids_are_held(monkeypatch):
+    monkeypatch.setattr("melodi_hf.models.cache.RECENT", 10)
+    model, cache = build("melodi"), MelodiCache(build("melodi").config)
+    cache.activate_past_recording()
+    for _ in range(3):
+        read(model, draw(1, 6), cache)
+    with pytest.raises(ValueError, match="at most the last 10;"):
+        cache.crop(-11)
+    cache.crop(-10)
+    assert cache.get_seq_length() == 8
