@@ -218,10 +218,10 @@ def test_a_row_of_padding_needs_an_output_that_was_not_taken_back():
         cache.crop(-removed)
         if removed == WINDOW + 5:
             with torch.no_grad():
-                found = model(ids[:, :2], attention_mask=mask, past_key_values=cache).logits
+                found = model(ids[:, :2], attention_mask=mask, cache=cache).logits
                 assert_near(found[1, -1], model(ids[:, :3]).logits[1, -1])
     with pytest.raises(ValueError, match=r"row 1 has nothing but padding right after crop\(\)"):
-        model(ids[:, :2], attention_mask=mask, past_key_values=cache)
+        model(ids[:, :2], attention_mask=mask, cache=cache)
 
 
 def test_no_more_is_taken_back_than_ids_are_held(monkeypatch):

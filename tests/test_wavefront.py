@@ -682,8 +682,8 @@ REFUSED = {
         r"layers\.1\.dropout\.p is 0\.1, that of layers\.0 is 0\.0",
     ),
     "dropout of attention": (
-        each("self_attn", "dropout", lambda i: 0.1 * i),
-        r"layers\.1\.self_attn\.dropout is 0\.1",
+        each("self_attn.dropout", "p", lambda i: 0.1 * i),
+        r"layers\.1\.self_attn\.dropout\.p is 0\.1",
     ),
     "how empty slots are treated": (
         lambda model, layers: setattr(layers[1].self_attn, "with_empty", attention.hide_empty),
