@@ -512,7 +512,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         cache=None,
         inputs_embeds=None,
         labels=None,
-        shift_labels=None,
         use_cache=None,
         logits_to_keep=0,
         memory=None,
@@ -525,7 +524,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         """Logits of the next token, and the loss; training adds `aux_loss` if there is any.
 
         labels: B T, the ids themselves (the model shifts them); shift_labels: B T, the target of
-        each position, as data whose targets cross segment borders has it; -100 is left out.
+        each position, as data whose targets cross segment borders has it; -100 is left out. The
+        second is in `kwargs`, as in transformers: the Trainer takes each parameter that is called
+        so for a label that all data must have.
         memory, reset_memory (B,), return_memory: see the module.
         logits_to_keep: as in transformers; the loss is then that of these columns, too.
         skip_logits: where there are labels, the loss alone, in a fraction of the memory.
@@ -537,6 +538,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         keywords.
         """
         cache = choose_cache(cache, past_key_values)
+        shift_labels = kwargs.pop("shift_labels", None)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         refuse_bad_labels(inputs, labels, shift_labels, self.config.vocab_size)
         outputs = self.model(
