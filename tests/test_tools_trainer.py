@@ -189,7 +189,7 @@ def test_best_model_is_loaded_at_the_end(tmp_path, make):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(evaluated), abs=1e-5)
 
 
-@pytest.mark.parametrize("side", ["right"])
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_collator_for_language_modeling_pads_rows(tmp_path, make, side):
     """The losses are those of the documents alone, each target counted once."""

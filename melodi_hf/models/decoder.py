@@ -42,6 +42,7 @@ from .configuration_decoder import DecoderConfig
 from .generation import CompiledSteps
 from .loss import (
     causal_lm_loss,
+    count_visible,
     hide_blind,
     is_plain_head,
     keep_columns,
@@ -554,7 +555,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         )
         targets = shifted(labels, shift_labels)
         if targets is not None and cache is None:
-            targets = hide_blind(targets, attention_mask)
+            visible = hide_blind(targets, attention_mask)
+            num_items = kwargs.get("num_items_in_batch")  # counted without the mask
+            kwargs["num_items_in_batch"] = count_visible(num_items, targets, visible)
+            targets = visible
         hidden, columns = outputs.last_hidden_state, None
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             columns = scored_columns(attention_mask, hidden, targets)

@@ -201,6 +201,14 @@ def hide_blind(targets, attention_mask, ignore_index=-100):
     return targets.masked_fill(mask.cumsum(1) == 0, ignore_index)
 
 
+def count_visible(num_items_in_batch, targets, visible, ignore_index=-100):
+    """Reduce `num_items_in_batch`, a count of targets, by the part that `visible` leaves out."""
+    if num_items_in_batch is None or visible is targets:
+        return num_items_in_batch
+    before, after = ((each != ignore_index).sum().clamp(min=1) for each in (targets, visible))
+    return num_items_in_batch * (after / before)
+
+
 def scored_columns(attention_mask, hidden, targets, ignore_index=-100):
     """Where logits are worth their cost: at tokens, at targets and in the last column, which says
     what comes next. A mask (B T), or None for all."""
