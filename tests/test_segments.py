@@ -204,6 +204,20 @@ def test_items_depend_on_nothing_but_their_index(random):
                 torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
 
+def test_padding_needs_no_token_of_its_own(random):
+    documents, padded = make(random, num_epochs=1)
+    sizes = {name: getattr(padded, name) for name in ("segment_length", "num_rows", "seed")}
+    segments = Segments(documents, start_id=START, **sizes)
+    assert len(segments) == len(padded)
+    for item, other in zip(segments, padded, strict=True):
+        behind = other["input_ids"] == PAD
+        assert (item["input_ids"][behind] == START).all()
+        assert torch.equal(item["input_ids"][~behind], other["input_ids"][~behind])
+        assert torch.equal(item["shift_labels"], other["shift_labels"])
+    with pytest.raises(ValueError, match="start_id is None: give the id of a token, such as eos"):
+        Segments(documents, start_id=None, **sizes)
+
+
 def order_of_epoch(segments, epoch):
     places = map(segments.document_index, range(len(segments)))
     return [place.document for place in places if place and place.epoch == epoch]

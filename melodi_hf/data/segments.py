@@ -67,7 +67,7 @@ class Segments(Dataset):
         segment_length: int,
         num_rows: int,
         start_id: int,
-        pad_id: int,
+        pad_id: int | None = None,
         seed: int | None = 0,
         num_epochs: int = 1,
         vocab_size: int | None = None,
@@ -78,6 +78,7 @@ class Segments(Dataset):
         segment_length: T, in tokens.
         num_rows: documents read side by side; the batch size.
         start_id: the token before each document, usually eos.
+        pad_id: the token behind a document's end, which is never scored; `start_id` if None.
         seed: of the order of documents; None keeps the order given.
         vocab_size: if given, ids outside of it are refused.
 
@@ -90,6 +91,7 @@ class Segments(Dataset):
         if not len(documents):
             raise ValueError("Segments needs at least one document, got none")
         refuse_outside("start_id", start_id, vocab_size)
+        pad_id = start_id if pad_id is None else pad_id
         refuse_outside("pad_id", pad_id, vocab_size)
         self.segment_length = segment_length
         self.num_rows = num_rows
@@ -224,8 +226,13 @@ def ids_of(document, number: int, vocab_size: int | None) -> np.ndarray:
     return ids.astype(np.int32) if ids.dtype.itemsize > 4 else ids
 
 
-def refuse_outside(what: str, number: int, vocab_size: int | None) -> None:
+def refuse_outside(what: str, number: int | None, vocab_size: int | None) -> None:
     """Raise ValueError unless 0 <= number < vocab_size; None is no upper bound."""
+    if number is None:
+        raise ValueError(
+            f"{what} is None: give the id of a token, such as eos; a tokenizer that has none can "
+            "be given one by tokenizer.add_special_tokens"
+        )
     if number < 0 or (vocab_size is not None and number >= vocab_size):
         allowed = "0 or more" if vocab_size is None else f"from 0 to {vocab_size - 1}"
         raise ValueError(
