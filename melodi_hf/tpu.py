@@ -279,9 +279,7 @@ class TpuTrainer(MemoryTrainer):
             setattr(parent, name, wrapper)
 
     def whole_model(self):
-        model: Any = self.model
-        model.config.use_cache = True  # the Trainer switches it off
-        return model if self.is_world_process_zero() else None
+        return self.model if self.is_world_process_zero() else None
 
     def _wrap_model(self, model, *args, **kwargs):
         """Works around transformers 5.23.0: with FSDP of XLA's, trainer.py leaves the optimizer for

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import AutoModelForCausalLM, ProgressCallback, Trainer
@@ -44,10 +45,13 @@ from melodi_hf.checkpoints import (
     refuse_other_processes,
     remove_earlier,
 )
-from melodi_hf.data.segments import Segments
+from melodi_hf.data.segments import IGNORED, Segments
+from melodi_hf.models.configuration_decoder import DecoderConfig
+from melodi_hf.models.loss import hide_blind, shifted
 from melodi_hf.tracking import memory_figures
 
 PAPER_ADAFACTOR = PaperAdafactor, OPTIONS
+LABELS = ("shift_labels", "labels")  # of what a batch has, the model takes the first
 
 
 def paper_schedule(step, total_steps, peak=0.01, floor=0.001, warmup=1000):
@@ -61,19 +65,25 @@ def paper_schedule(step, total_steps, peak=0.01, floor=0.001, warmup=1000):
 
 
 class MemoryTrainer(Trainer):
-    """A Trainer for models that take `memory` and return it, on data sets such as `Segments`.
+    """A Trainer for models that take `memory` and return it.
 
+    The data has `shift_labels`, as `Segments` has, or `labels`, which the model shifts.
     schedule: the learning rate at `(step, total_steps)`, in place of `args.lr_scheduler_type`.
 
-    Logits are made a few rows at a time and never kept, unless a loss of one's own or label
-    smoothing asks for them.
+    Logits are made a few rows at a time and never kept, unless `compute_metrics`, `predict` or a
+    loss function of the user asks for them. `eval_loss` is the mean over all targets.
     """
 
-    def __init__(self, *args, schedule: Callable[[int, int], float] | None = None, **kwargs):
+    def __init__(
+        self, model=None, *args, schedule: Callable[[int, int], float] | None = None, **kwargs
+    ):
         self.schedule = schedule
-        super().__init__(*args, **kwargs)
+        use_cache = True if model is None else model.config.use_cache
+        super().__init__(model, *args, **kwargs)
+        config: Any = self.model.config  # type: ignore[union-attr]
+        config.use_cache = use_cache  # the Trainer switches it off, which would be saved
         refuse_torn_rows(self)
-        self.label_names = ["shift_labels"]
+        self.label_names = list(LABELS)
         self.model_accepts_loss_kwargs = True
         self.skip_logits = self.label_smoother is None and self.compute_loss_func is None
         # One for each micro-batch of a step; evaluation has one.
@@ -126,32 +136,49 @@ class MemoryTrainer(Trainer):
         held = self._memory["training" if model.training else "evaluation"]
         place = self._micro_batch if model.training else 0
         given = {"memory": held[place], "return_memory": True, "use_cache": False}
-        given["skip_logits"] = self.skip_logits
-        loss, outputs = super().compute_loss(
-            model, {**inputs, **given}, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        inputs = {"skip_logits": self.skip_logits, **hide_unscored(inputs), **given}
+        if model.training or self.compute_loss_func is not None or labels_of(inputs) is not None:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        else:  # in `predict` of data without labels
+            loss, outputs = None, model(**inputs)
         held[place] = outputs.memory
         return (loss, outputs) if return_outputs else loss
 
     def _track_num_input_tokens(self, inputs):
-        # Batches have one shape on all devices: none of them needs to be asked, nor waited for.
-        if self.args.include_num_input_tokens_seen == "all":
+        if self.args.include_num_input_tokens_seen == "non_padding":
+            super()._track_num_input_tokens(inputs)
+        elif "input_ids" in inputs:
+            # Counted even if they are not to be logged, for `tokens_per_second`. Batches have one
+            # shape on all devices: none of them needs to be asked, nor waited for.
             tokens = inputs["input_ids"].numel() * self.args.world_size
             self.state.num_input_tokens_seen += tokens
-        else:
-            super()._track_num_input_tokens(inputs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Each target counts once, over all micro-batches and devices of a step."""
-        batches = [{**batch, "labels": batch["shift_labels"]} for batch in batch_samples]
+        targets = [scored_targets(batch) for batch in batch_samples]
+        batches = [{"labels": each, "shift_labels": each} for each in targets if each is not None]
         return super()._get_num_items_in_batch(batches, device)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        loss, _, _ = super().prediction_step(model, inputs, True, list(ignore_keys or ()))
-        assert loss is not None
-        targets = self._get_num_items_in_batch([inputs], loss.device)
-        self._scores.append(torch.stack((loss.double() * targets, targets.double())))
-        return loss, None, None
+        if ignore_keys is None:
+            ignore_keys = DecoderConfig.keys_to_ignore_at_inference
+        inputs = self._prepare_inputs(inputs)
+        inputs = {**inputs, "skip_logits": self.skip_logits and prediction_loss_only}
+        num_items = self._get_num_items_in_batch([inputs], self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items
+            )
+        if loss is not None and num_items is not None:
+            nll = torch.where(num_items > 0, loss.double() * num_items, 0.0)
+            self._scores.append(torch.stack((nll, num_items.to(nll))))
+        if prediction_loss_only:
+            return loss, None, None
+        ignored = {"loss", "memory", *ignore_keys}
+        logits = tuple(x for name, x in outputs.items() if name not in ignored)
+        return loss, logits[0] if len(logits) == 1 else logits, labels_of(inputs)
 
     def evaluation_loop(self, *args, **kwargs):
         start = time.perf_counter()
@@ -160,13 +187,19 @@ class MemoryTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):  # of which every data loader draws a number
             output = super().evaluation_loop(*args, **kwargs)
         self._memory["evaluation"] = [None]
-        # The Trainer's mean is over batches; this one is over targets, as in training.
-        nll, targets = self.accelerator.reduce(torch.stack(self._scores).sum(0), "mean").tolist()
-        loss_name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
-        metrics = {**(output.metrics or {}), loss_name: nll / targets}
         if self._clock is not None:
             self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
-        return output._replace(metrics=metrics)
+        if not self._scores:
+            return output
+        # The Trainer's mean is over batches; this one is over targets, as in training.
+        nll, targets = self.accelerator.reduce(torch.stack(self._scores).sum(0), "mean").tolist()
+        if targets == 0:
+            raise ValueError(
+                "the evaluation data has no targets: all labels are -100; give it documents of two "
+                "tokens or more, or labels that are ids"
+            )
+        loss_name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        return output._replace(metrics={**(output.metrics or {}), loss_name: nll / targets})
 
     def create_scheduler(self, num_training_steps, *args, **kwargs):
         if self.schedule is not None and self.lr_scheduler is None:
@@ -186,7 +219,7 @@ class MemoryTrainer(Trainer):
         for name in ("loss", "eval_loss"):
             if name in logs:
                 logs[name.replace("loss", "perplexity")] = perplexity(logs[name], self.state)
-        if "loss" in logs:
+        if "loss" in logs and self._clock is not None:
             (before, read), now = self._clock, time.perf_counter()
             tokens = self.state.num_input_tokens_seen
             logs["tokens_per_second"] = (tokens - read) / (now - before)
@@ -199,7 +232,6 @@ class MemoryTrainer(Trainer):
         the others. It computes in float32, as it will when it is loaded again. All processes must
         call this."""
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        model.config.use_cache = True  # the Trainer switches it off
         if not self.is_fsdp_enabled:
             return model if self.is_world_process_zero() else None
         weights = self.accelerator.get_state_dict(self.model)
@@ -288,6 +320,26 @@ class FiguresOnBar(ProgressCallback):
             self.training_bar.set_postfix({"loss": loss, "tokens/s": speed})
 
 
+def labels_of(batch):
+    return next((batch[name] for name in LABELS if batch.get(name) is not None), None)
+
+
+def scored_targets(batch):
+    """The targets of a batch (B T, -100 where there is none) that the model scores, if any."""
+    targets = shifted(*(batch.get(name) for name in ("labels", "shift_labels")))
+    return None if targets is None else hide_blind(targets, batch.get("attention_mask"))
+
+
+def hide_unscored(batch):
+    """A batch whose labels are ignored where the model does not score them, for exact counts."""
+    targets = scored_targets(batch)
+    if targets is None or batch.get("attention_mask") is None:
+        return batch
+    if batch.get("shift_labels") is not None:
+        return {**batch, "shift_labels": targets}
+    return {**batch, "labels": pad(targets[:, :-1], (1, 0), value=IGNORED)}
+
+
 def perplexity(loss, state):
     if not math.isfinite(loss):
         raise FloatingPointError(
@@ -318,6 +370,11 @@ def refuse_torn_rows(trainer):
                 f"{name} is {getattr(args, name)!r}: memories are carried along the rows of a data "
                 f"set that is read in order, step by step; give {name}={value!r}"
             )
+    if trainer.compute_metrics is not None and args.prediction_loss_only:
+        raise ValueError(
+            "prediction_loss_only is True and compute_metrics is given, which needs the logits: "
+            "pass prediction_loss_only=False, or no compute_metrics"
+        )
     micro_batches = args.gradient_accumulation_steps
     refuse_other_rows(trainer.train_dataset, args.train_batch_size, args.world_size, micro_batches)
     refuse_other_rows(trainer.eval_dataset, args.eval_batch_size, args.world_size, 1)

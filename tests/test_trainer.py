@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from melodi_hf import (
     MelodiConfig,
@@ -64,10 +66,19 @@ def segments(seed=0, rows=ROWS, lengths=(80, 37, 64, 50, 71, 90)):
     return Segments(documents, segment_length=SEGMENT, num_rows=rows, start_id=0, pad_id=1)
 
 
+OF_TRAINER = (
+    "optimizer_cls_and_kwargs",
+    "callbacks",
+    "compute_metrics",
+    "compute_loss_func",
+    "preprocess_logits_for_metrics",
+)
+
+
 def make_trainer(
     folder, model=None, *, rows=ROWS, data=None, evaluated=None, schedule=None, **given
 ):
-    optimizer, callbacks = (given.pop(x, None) for x in ("optimizer_cls_and_kwargs", "callbacks"))
+    others = {name: given.pop(name) for name in OF_TRAINER if name in given}
     arguments = {
         "output_dir": str(folder),
         "max_steps": 6,
@@ -91,13 +102,24 @@ def make_trainer(
         train_dataset=data or segments(rows=rows),
         eval_dataset=evaluated,
         schedule=schedule,
-        optimizer_cls_and_kwargs=optimizer,
-        callbacks=callbacks,
+        **others,
     )
 
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def labelled(steps=6, rows=ROWS, length=SEGMENT):
+    """Data as other language models take it: each row goes on reading one document."""
+    generator = torch.Generator().manual_seed(3)
+    items = []
+    for i in range(steps * rows):
+        ids = torch.randint(2, VOCABULARY, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: 3 + i % 5] = -100  # so that a mean over batches is another one
+        items.append({"input_ids": ids, "labels": labels})
+    return items
 
 
 def batches(data, count):
@@ -368,3 +390,228 @@ def test_adafactor_follows_its_rule():
         momentum = 0.9 * momentum + 0.1 * update
         value = value - momentum
         assert_close(weight.detach(), value)
+
+
+# Data with `labels`
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets.Dataset"])
+def test_labels_are_shifted_by_the_model(tmp_path, kind):
+    data = labelled()
+    if kind == "datasets.Dataset":
+        columns = {name: [item[name].tolist() for item in data] for name in data[0]}
+        given = Dataset.from_dict(columns | {"text": ["not for the model"] * len(data)})
+    else:
+        given = data
+    trainer = make_trainer(tmp_path, data=given, evaluated=given, learning_rate=0.0)
+    trainer.train()
+    model, memory, expected, counts = melodi().train(), None, [], []
+    for batch in batches(data, 6):
+        with torch.no_grad():
+            output = model(**batch, memory=memory, return_memory=True)
+            logits = output.logits[:, :-1].flatten(0, 1)
+        memory, targets = output.memory, batch["labels"][:, 1:].flatten()
+        expected.append(cross_entropy(logits, targets).item())
+        counts.append((targets != -100).sum().item())
+    assert_close(losses(trainer), expected, atol=1e-6, rtol=0)
+    mean = np.average(expected, weights=counts)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(mean, abs=1e-6)
+    assert abs(mean - np.mean(expected)) > 1e-4
+
+
+@pytest.mark.parametrize("names", [("labels",), ("shift_labels",), ("labels", "shift_labels")])
+def test_targets_of_a_step_count_once_whatever_they_are_called(tmp_path, names):
+    """Four rows in one batch equal two and two, each padded to one length on the left."""
+    data = []
+    for i, item in enumerate(labelled(rows=4)):
+        padding = (5 * i) % 7
+        ids = torch.cat((torch.zeros(padding, dtype=torch.long), item["input_ids"]))[:SEGMENT]
+        mask = (torch.arange(SEGMENT) >= padding).long()
+        labels = ids.masked_fill(mask == 0, -100)
+        shifted = torch.cat((labels[1:], torch.tensor([-100])))
+        both = {"labels": labels, "shift_labels": shifted}
+        data.append({"input_ids": ids, "attention_mask": mask, **{n: both[n] for n in names}})
+    large = make_trainer(tmp_path, rows=4, data=data)
+    large.train()
+    small = make_trainer(tmp_path, data=data, gradient_accumulation_steps=2)
+    small.train()
+    assert_close(losses(small), losses(large), atol=1e-5, rtol=0)
+    alone, count = 0.0, 0
+    for item in data[:4]:  # without the padding: the mean of the first step
+        real = item["attention_mask"].bool()
+        ids = item["input_ids"][real][None]
+        with torch.no_grad():
+            alone += melodi()(ids, labels=ids).loss.item() * (ids.numel() - 1)
+        count += ids.numel() - 1
+    assert losses(large)[0] == pytest.approx(alone / count, abs=1e-5)
+
+
+def test_loss_of_ones_own_is_given_the_labels(tmp_path):
+    def doubled(outputs, labels, num_items_in_batch):
+        logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return 2 * cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
+    how = {"data": labelled(), "evaluated": labelled(), "learning_rate": 0.0}
+    plain, own = (
+        make_trainer(tmp_path, **how),
+        make_trainer(tmp_path, **how, compute_loss_func=doubled),
+    )
+    plain.train()
+    own.train()
+    assert_close(losses(own), [2 * loss for loss in losses(plain)], atol=1e-5, rtol=0)
+    wanted = 2 * plain.evaluate()["eval_loss"]
+    assert own.evaluate()["eval_loss"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_evaluation_without_targets_is_refused(tmp_path):
+    data = [item | {"labels": torch.full_like(item["labels"], -100)} for item in labelled()]
+    with pytest.raises(ValueError, match="all labels are -100"):
+        make_trainer(tmp_path, evaluated=data).evaluate()
+    some = labelled(steps=2) + data[: 2 * ROWS]  # the last batches have no target
+    wanted = make_trainer(tmp_path, evaluated=labelled(steps=2)).evaluate()["eval_loss"]
+    assert make_trainer(tmp_path, evaluated=some).evaluate()["eval_loss"] == wanted
+
+
+# Metrics
+
+
+def logits_by_hand(data, count):
+    model, memory, found = melodi().eval(), None, []
+    for batch in batches(data, count):
+        with torch.no_grad():
+            output = model(**batch, memory=memory, return_memory=True)
+        memory = output.memory
+        found.append(output.logits)
+    return torch.cat(found)
+
+
+@pytest.fixture(params=["labels", "shift_labels"])
+def named(request):
+    """Data of four steps, and what its targets are called."""
+    data = labelled(steps=4) if request.param == "labels" else segments(seed=1, lengths=(64, 64))
+    return [data[i] for i in range(4 * ROWS)], request.param
+
+
+def keep(found):
+    def compute_metrics(given, compute_result=True):
+        found.append(given)
+        return {"score": len(found)}
+
+    return compute_metrics
+
+
+def test_metrics_are_given_logits_and_labels(tmp_path, named):
+    data, name = named
+    found = []
+    how = {"compute_metrics": keep(found), "include_for_metrics": ["inputs", "loss"]}
+    trainer = make_trainer(tmp_path, evaluated=data, **how)
+    metrics = trainer.evaluate()
+    (given,) = found
+    assert metrics["eval_score"] == 1
+    assert_close(torch.tensor(given.predictions), logits_by_hand(data, 4), atol=1e-6, rtol=0)
+    assert_close(torch.tensor(given.label_ids), torch.stack([item[name] for item in data]))
+    assert_close(torch.tensor(given.inputs), torch.stack([item["input_ids"] for item in data]))
+    assert len(given.losses) == len(data)
+    without = make_trainer(tmp_path, evaluated=data).evaluate()
+    assert metrics["eval_loss"] == pytest.approx(without["eval_loss"], abs=1e-6)
+
+
+def test_metrics_may_be_computed_batch_by_batch(tmp_path, named):
+    data, _ = named
+    found = []
+    how = {"compute_metrics": keep(found), "batch_eval_metrics": True}
+    metrics = make_trainer(tmp_path, evaluated=data, **how).evaluate()
+    assert metrics["eval_score"] == 4
+    logits = torch.cat([given.predictions for given in found])
+    assert_close(logits, logits_by_hand(data, 4), atol=1e-6, rtol=0)
+
+
+def test_logits_may_be_made_smaller_before_they_are_kept(tmp_path, named):
+    data, _ = named
+    found = []
+    make_trainer(
+        tmp_path,
+        evaluated=data,
+        compute_metrics=keep(found),
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        eval_do_concat_batches=False,
+    ).evaluate()
+    assert_close(
+        torch.cat([torch.tensor(x) for x in found[0].predictions]),
+        logits_by_hand(data, 4).argmax(-1),
+    )
+
+
+def test_logits_are_made_if_asked_for_only(tmp_path, named):
+    data, _ = named
+    trainer = make_trainer(tmp_path, evaluated=data)
+    made = []
+    trainer.model.register_forward_hook(lambda *given: made.append(given[-1].logits is not None))
+    trainer.evaluate()
+    assert made == [False] * 4
+    with pytest.raises(ValueError, match="prediction_loss_only is True and compute_metrics"):
+        make_trainer(tmp_path, compute_metrics=keep([]), prediction_loss_only=True)
+
+
+def test_prediction_carries_the_memory(tmp_path, named):
+    data, name = named
+    wanted = logits_by_hand(data, 4)
+    found = make_trainer(tmp_path).predict(data)
+    assert_close(torch.tensor(found.predictions), wanted, atol=1e-6, rtol=0)
+    assert_close(torch.tensor(found.label_ids), torch.stack([item[name] for item in data]))
+    assert "test_loss" in found.metrics
+    found = make_trainer(tmp_path).predict(data, ignore_keys=["attentions"])
+    assert_close(torch.tensor(found.predictions), wanted, atol=1e-6, rtol=0)
+    unlabelled = [{k: x for k, x in item.items() if k != name} for item in data]
+    found = make_trainer(tmp_path).predict(unlabelled)
+    assert_close(torch.tensor(found.predictions), wanted, atol=1e-6, rtol=0)
+    assert found.label_ids is None
+    assert "test_loss" not in found.metrics
+
+
+def test_interrupted_evaluation_leaves_nothing_behind(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_prediction_step(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, evaluated=labelled(steps=4))
+    wanted = trainer.evaluate()["eval_loss"]
+    assert trainer._memory["evaluation"] == [None], "it is held no longer than it is needed"
+    trainer.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate()
+    trainer.remove_callback(Interrupt)
+    assert trainer.evaluate()["eval_loss"] == wanted
+
+
+# As a newcomer starts
+
+
+def test_arguments_of_the_readme(tmp_path):
+    """A tokenizer without padding; no word of counting tokens; a model to be generated with."""
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(2, VOCABULARY, length) for length in (80, 37, 64)]
+    data = Segments(documents, segment_length=SEGMENT, num_rows=ROWS, start_id=0, pad_id=None)
+    padded = Segments(documents, segment_length=SEGMENT, num_rows=ROWS, start_id=0, pad_id=1)
+    model = melodi()
+    trainer = make_trainer(
+        tmp_path, model, data=data, include_num_input_tokens_seen=False, save_strategy="epoch"
+    )
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["tokens_per_second"] > 0 for entry in entries)
+    other = make_trainer(tmp_path, data=padded)
+    other.train()
+    assert losses(other) == losses(trainer), "padding is never scored, and read last"
+    model.save_pretrained(tmp_path)
+    for folder in (tmp_path, *tmp_path.glob("checkpoint-*")):
+        assert MelodiConfig.from_pretrained(folder).use_cache
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_use_cache_stays_as_it_was(tmp_path, use_cache):
+    model = melodi()
+    model.config.use_cache = use_cache
+    trainer = make_trainer(tmp_path, model, max_steps=1)
+    trainer.train()
+    assert trainer.whole_model().config.use_cache is use_cache
