@@ -28,6 +28,7 @@ from torch_xla.experimental.scan import _scan_impl_flat
 from torch_xla.experimental.spmd_fully_sharded_data_parallel import SpmdFullyShardedDataParallel
 from transformers import Adafactor
 
+from melodi_hf.models.adapters import unwrap_decoder
 from melodi_hf.models.ragged import make_plan
 from melodi_hf.models.windows import Chunk, Plan, Progress
 from melodi_hf.trainer import MemoryTrainer
@@ -252,13 +253,14 @@ class TpuTrainer(MemoryTrainer):
 
     def train(self, *args, **kwargs):
         model: Any = self.model
-        model.base_model.make_plan = make_loop_plan
+        decoder = unwrap_decoder(model)
+        decoder.make_plan = make_loop_plan
         before = model.register_forward_pre_hook(give_memory, with_kwargs=True)
         after = model.register_forward_hook(shard_memory)
         output = super().train(*args, **kwargs)
         before.remove()
         after.remove()
-        del model.base_model.make_plan
+        del decoder.make_plan
         take_off_wrappers(self.model)
         self.model = self.model_wrapped = model.to("cpu")
         model.tie_weights()  # moving tears them apart
@@ -310,7 +312,7 @@ def give_memory(model, args, kwargs):
     if not kwargs.get("return_memory"):
         return None
     if kwargs.get("memory") is None:
-        empty = model.base_model.empty_memory(len(kwargs["input_ids"]), device="cpu")
+        empty = unwrap_decoder(model).empty_memory(len(kwargs["input_ids"]), device="cpu")
         kwargs["memory"] = tree_map(on_device, empty)
     shard_rows(kwargs["memory"])
     return args, kwargs

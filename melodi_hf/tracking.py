@@ -14,12 +14,14 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from melodi_hf.models.adapters import unwrap_decoder
+
 
 def memory_figures(accelerator, model, memories) -> dict[str, float]:
     """What the model tells of its memories (`DecoderModel.figures`): means over the rows of all
     micro-batches and devices. All processes must call this; it waits for the devices."""
-    model = accelerator.unwrap_model(model).base_model
-    told = [model.figures(memory) for memory in memories if memory is not None]
+    decoder = unwrap_decoder(model)
+    told = [decoder.figures(memory) for memory in memories if memory is not None]
     if not told or not told[0]:
         return {}
     values = torch.stack([torch.stack([whole(x) for x in one.values()]) for one in told]).mean(0)

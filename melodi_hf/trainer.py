@@ -46,6 +46,7 @@ from melodi_hf.checkpoints import (
     remove_earlier,
 )
 from melodi_hf.data.segments import IGNORED, Segments
+from melodi_hf.models.adapters import unwrap_decoder
 from melodi_hf.models.configuration_decoder import DecoderConfig
 from melodi_hf.models.loss import hide_blind, shifted
 from melodi_hf.tracking import memory_figures
@@ -65,7 +66,7 @@ def paper_schedule(step, total_steps, peak=0.01, floor=0.001, warmup=1000):
 
 
 class MemoryTrainer(Trainer):
-    """A Trainer for models that take `memory` and return it.
+    """A Trainer for models that take `memory` and return it, in PEFT's adapters or without.
 
     The data has `shift_labels`, as `Segments` has, or `labels`, which the model shifts.
     schedule: the learning rate at `(step, total_steps)`, in place of `args.lr_scheduler_type`.
@@ -301,8 +302,8 @@ class MemoryTrainer(Trainer):
         )
 
     def _empty_memory(self):
-        model = self.accelerator.unwrap_model(self.model)
-        return model.base_model.empty_memory(self.args.per_device_train_batch_size)
+        decoder = unwrap_decoder(self.model)
+        return decoder.empty_memory(self.args.per_device_train_batch_size)
 
     def _loss_file(self, checkpoint):
         return Path(checkpoint) / f"loss_{self.args.process_index}.safetensors"
@@ -409,8 +410,17 @@ def load_memory(empty, path, device):
     with safe_open(path, "pt") as file:  # which knows no cpu:0, as a process of several says
         found = json.loads(file.metadata()["json"])
         found |= {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-    shapes = [tuple(x.shape) if torch.is_tensor(x) else () for x in leaves]
     loaded = [found.get(str(i)) for i in range(len(leaves))]
-    if len(found) != len(leaves) or shapes != [tuple(getattr(x, "shape", ())) for x in loaded]:
+    fits = (has_room_for(*pair) for pair in zip(leaves, loaded, strict=True))
+    if len(found) != len(leaves) or not all(fits):
         raise ValueError(f"the memory in {path} is that of another model or number of rows")
     return tree_unflatten(loaded, structure)
+
+
+def has_room_for(empty, leaf):
+    """Whether a leaf of an empty memory may become this one: the slots of an open window, of which
+    the empty memory has 0, are added as its tokens are read."""
+    sizes, found = (tuple(x.shape) if torch.is_tensor(x) else None for x in (empty, leaf))
+    if sizes is None or found is None:
+        return sizes == found
+    return len(sizes) == len(found) and all(a in (0, b) for a, b in zip(sizes, found, strict=True))

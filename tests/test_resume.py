@@ -1,5 +1,6 @@
 """A run that is killed goes on from its last whole checkpoint as if it had never been stopped."""
 
+import copy
 import json
 import signal
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import train
+from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from record import hold
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten
@@ -23,7 +25,7 @@ from melodi_hf.checkpoints import (
 )
 from melodi_hf.trainer import PAPER_ADAFACTOR, load_memory, paper_schedule, save_memory
 
-from .test_trainer import ROWS, losses, make_trainer, melodi, segments
+from .test_trainer import ROWS, SEGMENT, labelled, losses, make_trainer, melodi, segments
 
 SHORT = {
     "training.steps": 12,
@@ -217,6 +219,40 @@ def test_figures_and_weights_are_those_of_a_run_that_never_stopped(tmp_path, opt
     assert figures(resumed) == figures(whole)
     assert weights(resumed) == weights(whole)
     assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
+
+
+ADAPTERS = {
+    "LoRA": LoraConfig(target_modules="all-linear", lora_dropout=0.1),
+    "DoRA": LoraConfig(target_modules="all-linear", use_dora=True),
+    "LoRA, whole norms and tokens": LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[3, 5]
+    ),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "prompt tuning": PromptTuningConfig(num_virtual_tokens=3, task_type=TaskType.CAUSAL_LM),
+}
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "none"])
+@pytest.mark.parametrize("length", [SEGMENT, SEGMENT + 3], ids=["windows", "mid-window"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_and_open_windows_go_on_exactly(tmp_path, name, length):
+    def make(folder):
+        model = melodi(dropout=0.1)
+        if name in ADAPTERS:
+            model = get_peft_model(model, copy.deepcopy(ADAPTERS[name]))
+        given = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
+        data = {"data": labelled(length=length), "evaluated": labelled(length=length, steps=2)}
+        return make_trainer(tmp_path / folder, model, eval_steps=3, **given, **data)
+
+    whole, resumed = make("whole"), make("resumed")
+    before = weights(whole)
+    whole.train()
+    torch.manual_seed(5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert len(losses(whole)) == 6
+    assert figures(resumed) == figures(whole)
+    assert weights(resumed) == weights(whole) != before
+    assert "queue_fill/1" in figures(whole)[0]
 
 
 def test_evaluation_in_between_draws_no_random_numbers(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
+    IA3Config,
     LoraConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -11,7 +12,14 @@ from peft import (
     get_peft_model,
 )
 
+from melodi_hf import MelodiCache
+from melodi_hf.data.tokens import EncodedDocument
+from melodi_hf.evaluation.perplexity import evaluate_perplexity
+from melodi_hf.models import memory_file
+from melodi_hf.models.adapters import unwrap_decoder
+
 from .models import DOCUMENT, EACH, assert_differ, assert_equal, assert_near, build, draw
+from .test_trainer import make_trainer
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's own call
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -103,6 +111,141 @@ def test_prompt_tuning_is_a_text_before_the_text(tmp_path, name):
     model.save_pretrained(tmp_path / "prompt")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "prompt")
     assert_equal(logits(loaded, ids), tuned)
+
+
+# Memories
+
+
+TARGETS = {
+    "LoRA": {"target_modules": "all-linear"},
+    "DoRA": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
+    "tokens": {"target_modules": ["o_proj"], "trainable_token_indices": [3, 5]},
+    "embeddings": {"target_modules": ["embed_tokens", "v_proj"]},
+    "whole layers": {"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]},
+}
+ADAPTERS = {name: lambda how=how: LoraConfig(r=2, **how) for name, how in TARGETS.items()} | {
+    "IA3": lambda: IA3Config(
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+    ),
+}
+
+
+def adapted(how, name="melodi"):
+    """A model whose adapters change what it writes into its memory; its head is no embedding."""
+    base = build(name, tie_word_embeddings=False)
+    model = get_peft_model(base, ADAPTERS[how]()).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.3 * weight.requires_grad * torch.randn_like(weight)
+    return model
+
+
+def continued(memory, model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=memory.clone()).logits
+
+
+@pytest.mark.parametrize("how", ADAPTERS)
+def test_merged_model_goes_on_from_the_memory_of_its_adapter(tmp_path, how):
+    model, ids, file = adapted(how), draw(2, DOCUMENT), tmp_path / "memory"
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    memory = MelodiCache(model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=memory)
+    memory.save(file, model=model)
+    new = draw(2, 5)
+    wanted = continued(memory, model, new)
+    assert_equal(continued(MelodiCache.load(file, model=model), model, new), wanted)
+    inner = model.get_base_model()
+    assert_equal(continued(MelodiCache.load(file, model=inner), model, new), wanted)
+    for weight, (name, now) in zip(before.values(), model.state_dict().items(), strict=True):
+        assert torch.equal(weight, now), name
+    with pytest.raises(ValueError, match="by other weights than this model's"):
+        MelodiCache.load(file, model=build("melodi"))
+    with model.disable_adapter(), pytest.raises(ValueError, match="by other weights"):
+        MelodiCache.load(file, model=model)
+
+    merged = model.merge_and_unload()
+    assert_near(continued(MelodiCache.load(file, model=merged), merged, new), wanted)
+    memory.save(file, model=merged)
+    MelodiCache.load(file, model=adapted(how))  # and the other way round
+    with pytest.raises(ValueError, match="by other weights than this model's"):
+        MelodiCache.load(file, model=build("melodi"))
+
+
+def test_memory_of_a_model_without_its_head_has_the_same_weights(tmp_path):
+    model, file = build("melodi", tie_word_embeddings=False), tmp_path / "memory"
+    memory = MelodiCache(model.config)
+    with torch.no_grad():
+        model(draw(2, DOCUMENT), past_key_values=memory)
+    memory.save(file, model=model)
+    MelodiCache.load(file, model=model.model)
+    memory.save(file, model=model.model)
+    MelodiCache.load(file, model=model)
+
+
+def test_files_written_before_adapters_were_merged_still_load(tmp_path, monkeypatch):
+    """Their names are those of the wrapped model."""
+
+    def as_before(model):
+        return {
+            name: weight.flatten()[weight.numel() // 2].item()
+            for name, weight in model.named_parameters()
+            if weight.dim() > 1
+        }
+
+    model, file = adapted("LoRA"), tmp_path / "memory"
+    memory = MelodiCache(model.config)
+    with torch.no_grad():
+        model(input_ids=draw(2, DOCUMENT), past_key_values=memory)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_file, "weights_sample", as_before)
+        memory.save(file, model=model)
+    MelodiCache.load(file, model=model)
+    torch.manual_seed(9)
+    other = get_peft_model(build("melodi"), ADAPTERS["LoRA"]())
+    with pytest.raises(ValueError, match="by other weights than this model's"):
+        MelodiCache.load(file, model=other)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_adapters_are_trained_with_a_memory(tmp_path, name):
+    """The figures are logged, the memory is carried, and evaluation says what training says."""
+    model = get_peft_model(build(name), LoraConfig(**LORA))
+    start = model.get_base_model().state_dict()
+    start = {key: weight.clone() for key, weight in start.items() if "lora_" not in key}
+    torch.manual_seed(4)
+    ids = draw(2, 4 * DOCUMENT)
+    pieces = [{"input_ids": x, "labels": x} for piece in ids.split(DOCUMENT, 1) for x in piece]
+    steps = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    trainer = make_trainer(tmp_path, model, data=pieces, evaluated=pieces, **steps)
+    trainer.train()
+    now = model.get_base_model().state_dict()
+    assert all(torch.equal(now[key], weight) for key, weight in start.items())
+    decoder = unwrap_decoder(model)
+    assert decoder is model.get_base_model().base_model
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert decoder.figures(decoder.empty_memory(2)).keys() <= entries[0].keys()
+    wanted, memory = 0.0, None
+    with torch.no_grad():
+        for piece in ids.split(DOCUMENT, 1):
+            given = {"memory": memory, "return_memory": True}
+            out = model.eval()(input_ids=piece, labels=piece, **given)
+            wanted, memory = wanted + out.loss.item() / 4, out.memory
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, abs=1e-5)
+    assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+def test_perplexity_of_an_adapted_model_is_that_of_the_merged_one():
+    model = adapted("LoRA")
+    documents = [EncodedDocument(str(i), draw(50).numpy(), 9, 200) for i in range(2)]
+    how = {"start_id": 1, "settings": ("carried", "emptied", "short_off"), "progress": False}
+    found = evaluate_perplexity(model, documents, **how)["settings"]
+    wanted = evaluate_perplexity(model.merge_and_unload(), documents, **how)["settings"]
+    for name, scores in wanted.items():
+        assert found[name]["nll"] == pytest.approx(scores["nll"], abs=1e-4), name
 
 
 # The message is that of the cache, which PEFT hands to the model.

@@ -43,6 +43,7 @@ from melodi_hf.evaluation.intervals import (
     interval,
     resample,
 )
+from melodi_hf.models.adapters import unwrap_decoder
 
 QUEUE = re.compile(r"queue_([1-9]\d*)")
 QUEUES = (1, 4, 16, 64)  # windows, for those who ask for all settings
@@ -100,7 +101,7 @@ def evaluate_perplexity(
 
 
 def windows_kept(model) -> dict[str, float]:
-    return model.base_model.windows_kept()
+    return unwrap_decoder(model).windows_kept()
 
 
 def settings_of(model: PreTrainedModel) -> list[str]:
@@ -141,7 +142,7 @@ def read_forgetting(
     memory = None
     for batch in batches(model, documents, length, rows, rows, start_id):
         if memory is not None:
-            memory = model.base_model.forget(memory, **windows)
+            memory = unwrap_decoder(model).forget(memory, **windows)
         nll, memory = score(model, batch, memory=memory, reset_memory=batch.reset_memory)
         report(*tally.add(batch, nll))
 

@@ -13,6 +13,7 @@ Read in this order: `position`, `attention`, `windows` (how a call falls into wi
 `modeling_transformer_xl`, `modeling_block_recurrent`, `compression` and
 `modeling_compressive_transformer`, `legs` and `modeling_elastic_memory`, `retrieval`, `past` and
 `modeling_memorizing_transformer` (a memory of tokens as they were), then `cache` (the memory during
-generation), `side_by_side` and `wavefront` (windows of several layers read at once), `costs` (what
-it all costs) and `meliad` (parity with the released code).
+generation), `adapters` (models inside PEFT and other wrappers), `side_by_side` and `wavefront`
+(windows of several layers read at once), `costs` (what it all costs) and `meliad` (parity with the
+released code).
 """

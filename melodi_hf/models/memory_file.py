@@ -27,6 +27,8 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .adapters import merged_weights, unwrap_decoder
+
 FORMAT = "melodi_hf memory"
 VERSION = "1"
 
@@ -95,17 +97,27 @@ def refuse_memory_of(fields, config):
 
 
 def weights_sample(model) -> dict[str, float]:
-    """One number of each matrix of a model: enough to tell checkpoints apart, not to trust them."""
+    """Take one number of each matrix that writes memories, as it is with adapters merged.
+
+    That is enough to tell checkpoints apart, not to trust them. The same weights have the same
+    names, whether adapters of PEFT are merged into them or not, and with a head or without.
+    """
+    return _sample(merged_weights(unwrap_decoder(model), "model."))
+
+
+def _sample(named_weights):
     return {
         name: float(weight.detach().flatten()[weight.numel() // 2])
-        for name, weight in model.named_parameters()
+        for name, weight in named_weights
         if weight.dim() > 1 and weight.is_floating_point()
     }
 
 
 def refuse_other_weights(sample, model):
     """Refuse a model whose weights are not those of a sample, but for rounding."""
-    own = weights_sample(model)
+    own = _sample(model.named_parameters())
+    if not own.keys() <= sample.keys():  # as they are in files of before adapters were merged
+        own = weights_sample(model)
     differ = [n for n in own if n not in sample or not _is_near(own[n], sample[n])]
     if differ:
         raise ValueError(
