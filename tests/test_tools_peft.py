@@ -7,6 +7,7 @@ from peft import (
     IA3Config,
     LoraConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
     get_peft_model,
@@ -111,6 +112,37 @@ def test_prompt_tuning_is_a_text_before_the_text(tmp_path, name):
     model.save_pretrained(tmp_path / "prompt")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "prompt")
     assert_equal(logits(loaded, ids), tuned)
+
+
+TUNED = {
+    "prompt tuning": lambda: PromptTuningConfig(**PROMPT),
+    "p-tuning": lambda: PromptEncoderConfig(**PROMPT, encoder_hidden_size=16),
+}
+
+
+@pytest.mark.parametrize("how", TUNED)
+@pytest.mark.parametrize("name", EACH)
+def test_rows_after_a_tuned_prompt_end_one_by_one(name, how):
+    """What stands behind the end of a row is not read, whether rows are padded or not."""
+    model = get_peft_model(build(name), TUNED[how]()).eval()
+    ids, steps = draw(3, DOCUMENT), 12
+    mask = torch.ones_like(ids)
+    mask[1, :4], ids[1, :4] = 0, 0
+    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": steps, "do_sample": False}
+    free = model.generate(**given)[:, DOCUMENT:]
+    end = int(free[0, 2])
+    model.base_model.generation_config.eos_token_id = end  # as a model's own is saved
+    found = model.generate(**given, eos_token_id=end, return_dict_in_generate=True)
+    written = [[*row.tolist(), end].index(end) + 1 for row in free]
+    assert min(written) < max(written)
+    for row, (wanted, count) in enumerate(zip(free, written, strict=True)):
+        kept = min(count, found.sequences.shape[1] - DOCUMENT)
+        assert_equal(found.sequences[row, DOCUMENT:][:kept], wanted[:kept])
+        assert (found.sequences[row, DOCUMENT + count :] == 0).all(), "padding"
+    total = found.sequences.shape[1] - DOCUMENT  # of which the last one is not read
+    read = torch.tensor([min(count, total - 1) for count in written])
+    progress = found.past_key_values.layers[0].progress
+    assert_equal(progress.tokens_read, read + mask.sum(1) + PROMPT["num_virtual_tokens"])
 
 
 # Memories

@@ -100,8 +100,17 @@ class MemoryGenerationMixin(GenerationMixin):
             return inputs
         ended = ended_rows.before_last(given)
         if cache.is_compileable or ended.any():  # a compiled graph has a mask always or never
-            inputs["attention_mask"] = (~ended)[:, None]
+            mask = (~ended)[:, None]
+            if getattr(self.prepare_inputs_for_generation, "__self__", None) is not self:
+                # PEFT replaced it: it puts the columns of its prompt before a mask of all ids.
+                mask = torch.cat((mask.new_ones(input_ids[:, 1:].shape), mask), dim=1)
+            inputs["attention_mask"] = mask
         return inputs
+
+    def _validate_model_kwargs(self, model_kwargs):
+        # `ended_rows` is ours; what PEFT puts in place of the method above does not name it.
+        others = {name: x for name, x in model_kwargs.items() if name != "ended_rows"}
+        super()._validate_model_kwargs(others)  # type: ignore[misc]
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **_):
