@@ -181,16 +181,24 @@ class MemoryTrainer(Trainer):
         logits = tuple(x for name, x in outputs.items() if name not in ignored)
         return loss, logits[0] if len(logits) == 1 else logits, labels_of(inputs)
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, dataloader, description, *args, **kwargs):
+        size, devices = self.args.eval_batch_size, self.args.world_size
+        refuse_other_rows(getattr(dataloader, "dataset", None), size, devices, 1)
         start = time.perf_counter()
         self._memory["evaluation"] = [None]
         self._scores.clear()
         with torch.random.fork_rng(devices=[]):  # of which every data loader draws a number
-            output = super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         self._memory["evaluation"] = [None]
         if self._clock is not None:
             self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
+        loss_name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if not self._scores:
+            if description != "Prediction" and loss_name not in (output.metrics or {}):
+                raise ValueError(
+                    "the evaluation data gives no loss: give each item labels or shift_labels, and "
+                    f"at least as many items as a step has rows, {size * devices}"
+                )
             return output
         # The Trainer's mean is over batches; this one is over targets, as in training.
         nll, targets = self.accelerator.reduce(torch.stack(self._scores).sum(0), "mean").tolist()
@@ -199,7 +207,6 @@ class MemoryTrainer(Trainer):
                 "the evaluation data has no targets: all labels are -100; give it documents of two "
                 "tokens or more, or labels that are ids"
             )
-        loss_name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         return output._replace(metrics={**(output.metrics or {}), loss_name: nll / targets})
 
     def create_scheduler(self, num_training_steps, *args, **kwargs):

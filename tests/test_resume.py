@@ -232,16 +232,24 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, "none"])
-@pytest.mark.parametrize("length", [SEGMENT, SEGMENT + 3], ids=["windows", "mid-window"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "whole windows") for name in ADAPTERS]
+    + [("none", "open windows"), ("none", "padded"), ("LoRA", "padded")],
+)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_and_open_windows_go_on_exactly(tmp_path, name, length):
+def test_adapters_and_open_windows_go_on_exactly(tmp_path, name, kind):
+    items = labelled(length=SEGMENT if kind == "whole windows" else SEGMENT + 3)
+    if kind == "padded":  # each row stands at another slot of its window
+        for i, item in enumerate(items):
+            item["attention_mask"] = (torch.arange(SEGMENT + 3) >= i % 5).long()
+
     def make(folder):
         model = melodi(dropout=0.1)
         if name in ADAPTERS:
             model = get_peft_model(model, copy.deepcopy(ADAPTERS[name]))
         given = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
-        data = {"data": labelled(length=length), "evaluated": labelled(length=length, steps=2)}
+        data = {"data": items, "evaluated": items[: 2 * ROWS]}
         return make_trainer(tmp_path / folder, model, eval_steps=3, **given, **data)
 
     whole, resumed = make("whole"), make("resumed")

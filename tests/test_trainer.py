@@ -472,6 +472,21 @@ def test_evaluation_without_targets_is_refused(tmp_path):
     assert make_trainer(tmp_path, evaluated=some).evaluate()["eval_loss"] == wanted
 
 
+def test_evaluation_that_would_read_nothing_is_refused(tmp_path):
+    data = labelled(steps=2)
+    unlabelled = [{"input_ids": item["input_ids"]} for item in data]
+    for too_little in (unlabelled, data[: ROWS - 1]):
+        with pytest.raises(ValueError, match=r"no loss: give each item labels .* has rows, 2"):
+            make_trainer(tmp_path, evaluated=too_little).evaluate()
+
+
+def test_rows_of_data_that_is_given_later_are_checked(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for evaluate in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match=r"num_rows=4, but a step has 2 \(2 in each"):
+            evaluate(segments(rows=4))
+
+
 # Metrics
 
 
