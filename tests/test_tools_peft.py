@@ -141,7 +141,7 @@ def test_rows_after_a_tuned_prompt_end_one_by_one(name, how):
         assert (found.sequences[row, DOCUMENT + count :] == 0).all(), "padding"
     total = found.sequences.shape[1] - DOCUMENT  # of which the last one is not read
     read = torch.tensor([min(count, total - 1) for count in written])
-    progress = found.past_key_values.layers[0].progress
+    progress = found.cache.layers[0].progress
     assert_equal(progress.tokens_read, read + mask.sum(1) + PROMPT["num_virtual_tokens"])
 
 

@@ -95,14 +95,16 @@ class MemoryGenerationMixin(GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        is_replaced = getattr(self.prepare_inputs_for_generation, "__self__", None) is not self
+        if is_replaced and cache is not None:
+            inputs["past_key_values"] = cache  # by PEFT, which looks for this name on all versions
         given = inputs.get("input_ids")
         if ended_rows is None or cache is None or first or given is None or given.shape[1] != 1:
             return inputs
         ended = ended_rows.before_last(given)
         if cache.is_compileable or ended.any():  # a compiled graph has a mask always or never
             mask = (~ended)[:, None]
-            if getattr(self.prepare_inputs_for_generation, "__self__", None) is not self:
-                # PEFT replaced it: it puts the columns of its prompt before a mask of all ids.
+            if is_replaced:  # PEFT puts the columns of its prompt before a mask of all ids
                 mask = torch.cat((mask.new_ones(input_ids[:, 1:].shape), mask), dim=1)
             inputs["attention_mask"] = mask
         return inputs
