@@ -28,6 +28,7 @@ CACHE_NAME = (
 # so that an argument that transformers renames is not ignored.
 HARMLESS_KEYWORDS = {
     "position_ids": "generate() numbers the columns; we count tokens, and refuse restarts",
+    "logits_to_keep": "TRL passes it to the base model, too, which has no logits",
     "tokenizer": "generate() passes it to every step; it is for stop strings and token healing",
     "token_type_ids": "tokenizers of no particular class return it; there is one type of token",
     "output_attentions": "read from the keywords by the model and by `capture_outputs`",
