@@ -2,15 +2,21 @@
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from melodi_hf.models import attention, loss
 from melodi_hf.models.attention import HIDDEN, RecomputedAttention, attend, hide_empty
-from melodi_hf.models.loss import CrossEntropy, LinearCrossEntropy, causal_lm_loss
+from melodi_hf.models.loss import (
+    CrossEntropy,
+    LinearCrossEntropy,
+    causal_lm_loss,
+    loss_without_logits,
+)
 from melodi_hf.models.norm import Normalise, RMSNorm, unit
 from melodi_hf.models.position import distance_bucket, spread_by_distance
+from melodi_hf.models.retrieval import Source, attend_to_nearest, attend_to_places
 
 from .models import assert_equal, assert_near
 
@@ -291,3 +297,65 @@ def test_distance_buckets():
     wanted = torch.bucketize(distance, torch.tensor(first), right=True) - 1
     assert_equal(bucket, wanted.clamp(min=0))
     assert bucket.max() == 31
+
+
+def rms_norm(x, gain):
+    norm = RMSNorm(5, eps=1e-3).double()
+    return torch.func.functional_call(norm, {"weight": gain}, (x,))
+
+
+def attention_in_order(q, k, v, bias):
+    place = torch.arange(2, 5)[:, None]
+    return attend(q, k, v, bias.where(torch.arange(5) < place, HIDDEN), in_order=True)
+
+
+PLACES = torch.arange(5).expand(2, -1)
+LOW, HIGH = torch.tensor([[0], [2]]), torch.tensor([[2, 3, 4]]).expand(2, -1)
+NEAREST = torch.tensor([0, 3, -1]).expand(2, 2, 3, -1)
+TARGET = torch.tensor([[3, -100, 0, 6, 3]])
+KEYS = torch.linspace(-1, 1, 80, dtype=torch.float64).view(2, 2, 5, 4)
+FUNCTIONS = {  # and the shapes of what they are given
+    "attention": (attend, [(2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), (2, 3, 5)]),
+    "attention in order": (
+        attention_in_order,
+        [(2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4), (2, 3, 5)],
+    ),
+    "norm": (rms_norm, [(2, 3, 5), (5,)]),
+    "unit": (lambda x, gain: unit(x, 1e-3, gain), [(2, 3, 5), (3, 1)]),
+    "unit without gain": (lambda x: unit(x, 1e-3), [(2, 3, 5)]),
+    "loss": (lambda logits: causal_lm_loss(logits, None, 7, shift_labels=TARGET), [(1, 5, 7)]),
+    "loss without logits": (
+        lambda hidden, weight: loss_without_logits(hidden, weight, TARGET),
+        [(1, 5, 4), (7, 4)],
+    ),
+    "places": (
+        lambda q, k, v: tuple(attend_to_places(q, [Source(k, v, PLACES)], LOW, HIGH)),
+        [(2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)],
+    ),
+    "nearest": (
+        lambda q: tuple(attend_to_nearest(q, [Source(KEYS, KEYS.exp(), PLACES)], NEAREST)),
+        [(2, 2, 3, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's forward mode
+@pytest.mark.usefixtures("float64")
+def test_every_derivative(name, monkeypatch):
+    """Backward, forward mode, many gradients at once, and gradients of gradients."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    function, shapes = FUNCTIONS[name]
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+def test_a_gradient_of_a_gradient_knows_what_inputs_share():
+    """An input that is made from another one counts once."""
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def function(x):
+        return Normalise.apply(x, x.square().mean(-1, keepdim=True)[0], 5, 1e-3)
+
+    assert gradgradcheck(function, (x,))

@@ -15,6 +15,7 @@ from torch import nn
 
 from .norm import unit
 from .position import RelativePosition
+from .tracing import composed_gradient, is_traced, is_transformed, needs_composed_gradient
 
 # A score that hides a slot: its weight underflows to zero beside any real one, and unlike the
 # least float32 it stays finite in every format.
@@ -42,7 +43,7 @@ def attend(q, k, v, bias=None, *, in_order=False, dropout=0.0, eager=False):
     hides what is not strictly before; dropout: the probability to drop a weight. Returns B H T K.
     """
     trains_bias = needs_bias_gradient(q, bias)
-    if eager or (trains_bias and (dropout or torch.compiler.is_compiling())):
+    if eager or is_transformed() or (trains_bias and (dropout or torch.compiler.is_compiling())):
         return _attend_plainly(q, k, v, bias, dropout)
     if trains_bias or (not dropout and skips_hidden(q, bias, in_order)):
         return RecomputedAttention.apply(q, k, v, bias, in_order)
@@ -71,11 +72,12 @@ def _is_exact_on_cpu(q):
     return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
 
 
-def _attend_plainly(q, k, v, bias, dropout):
+def _attend_plainly(q, k, v, bias, dropout=0.0):
     scores = q @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    weights = scores.float().softmax(-1).to(q.dtype)  # float32: a sum of many small numbers
+    wide = torch.promote_types(q.dtype, torch.float32)  # a sum of many small numbers
+    weights = scores.to(wide).softmax(-1).to(q.dtype)
     return nn.functional.dropout(weights, dropout) @ v
 
 
@@ -101,6 +103,8 @@ class RecomputedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, bias, out = ctx.saved_tensors
+        if needs_composed_gradient(grad):
+            return *composed_gradient(_attend_plainly, (q, k, v, bias), grad), None
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         grad_bias = torch.empty_like(bias) if ctx.needs_input_grad[3] else None
         for head, query, key in blocks(q, k, bias, ctx.in_order):
@@ -180,7 +184,7 @@ def leave_out_empty(k, v, filled):
 
 def _empty_in_all_rows(k, filled):
     # Elsewhere than on a CPU asking would have the device wait, and cost more than it saves.
-    if k.device.type != "cpu" or torch.compiler.is_compiling():
+    if k.device.type != "cpu" or is_traced():
         return 0
     return k.shape[2] - int(filled.max())
 

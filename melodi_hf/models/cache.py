@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 
 from .memory_file import load_memory_file, memory_fields, refuse_memory_of, save_memory_file
 from .refusals import refuse_foreign_layer
+from .tracing import is_traced, is_transformed
 from .windows import Progress, put_rows, widened
 
 # Columns whose ids are held, to tell new ids from a repetition of those that were read, and how far
@@ -463,7 +464,7 @@ def _is_there(new, held):
     # Nothing changed, or the window was written in place.
     if new is held:
         return True
-    if torch.compiler.is_compiling() or new.stride() != held.stride():
+    if is_traced() or new.stride() != held.stride():
         return False
     return new.data_ptr() == held.data_ptr() and new.dtype == held.dtype
 
@@ -481,7 +482,7 @@ def _write(held, new):
     is_sealed = not torch.compiler.is_compiling() and held.is_inference()
     is_sealed = is_sealed and not torch.is_inference_mode_enabled()
     moved = new.dtype != held.dtype or new.device != held.device
-    if has_graph or is_sealed or moved or new.shape == held.shape:
+    if has_graph or is_sealed or moved or is_transformed() or new.shape == held.shape:
         return widened(new, held.shape)
     held[_leading(new)] = new
     return held

@@ -100,13 +100,15 @@ class AttentionReconstruction(nn.Module):
 
     def forward(self, norm, attention, window, old, compressed):
         # window: B W D; old: B n D; compressed: B n/c D -> B
+        eager = attention.config._attn_implementation == "eager"
         with torch.no_grad():
             q = attention.queries(norm(window))
-            wanted = attend(q, *attention.keys_values(norm(old)))
+            wanted = attend(q, *attention.keys_values(norm(old)), eager=eager)
+        q, wanted = q.detach(), wanted.detach()  # no tangents either
         normed = frozen(norm, compressed)
         k = unit(split_heads(frozen(attention.k_proj, normed), attention.num_heads), attention.eps)
         v = split_heads(frozen(attention.v_proj, normed), attention.num_heads)
-        return mean_square(attend(q, k, v) - wanted)
+        return mean_square(attend(q, k, v, eager=eager) - wanted)
 
 
 class Autoencoding(nn.Module):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .tracing import is_traced
+
 faiss: Any
 try:
     import faiss
@@ -27,10 +29,10 @@ class FaissSearch:
     @torch.no_grad()
     def __call__(self, q, sources, low, high, count, rows=None):
         """All queries of a row see the same places: low and high are R 1."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             raise ValueError(
-                "an index of faiss cannot be part of a compiled graph: give faiss_index=None, or "
-                "generate without a static cache"
+                "an index of faiss cannot be part of a compiled graph or of a transform of "
+                "torch.func: give faiss_index=None, or generate without a static cache"
             )
         rows = torch.arange(len(q)) if rows is None else rows
         places = torch.cat([source.places for source in sources], dim=1)[rows]

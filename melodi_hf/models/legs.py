@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tracing import is_traced
+
 NEWTON_STEPS = 8
 ROOM = 2**28  # bytes of banks that are kept
 
@@ -230,7 +232,7 @@ def refuse_other_points(x, num_samples, tokens_read):
 def together(run, tokens_read, *tensors):
     """`run(tokens read, *rows)` for the rows of `tensors` that have read equally much; rows come
     back in their order. tokens_read: R; one of those, a tensor (R,) while a graph is captured."""
-    if torch.compiler.is_compiling() or tokens_read.is_meta:  # nobody may look
+    if is_traced() or tokens_read.is_meta:
         return run(tokens_read, *tensors)
     read = tokens_read.tolist()
     if len(set(read)) == 1:

@@ -1,7 +1,11 @@
 """Cross-entropy that keeps nothing but the logits, and one that never has all of them."""
 
+from functools import partial
+
 import torch
 from torch import nn
+
+from .tracing import composed_gradient, is_traced, needs_composed_gradient
 
 CHUNK = 1 << 20  # logits that a CPU works on at once: 4 MB of float32 stay in its cache
 CHUNK_ELSEWHERE = 1 << 26  # few kernels, and still little beside the logits
@@ -20,17 +24,20 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, ignore_index):
-        counted = target != ignore_index
-        target = target.clamp(min=0)
-        rows = _rows_at_once(logits)
+        rows, counted = _rows_at_once(logits), target != ignore_index
         normaliser = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows)])
-        chosen = logits.gather(-1, target[:, None])[:, 0].float()
-        ctx.save_for_backward(logits, target, counted, normaliser)
+        chosen = logits.gather(-1, target.clamp(min=0)[:, None])[:, 0].float()
+        ctx.save_for_backward(logits, target, normaliser)
+        ctx.ignore_index = ignore_index
         return ((normaliser - chosen) * counted).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        logits, target, counted, normaliser = ctx.saved_tensors
+        logits, target, normaliser = ctx.saved_tensors
+        if needs_composed_gradient(grad):
+            compose = partial(_cross_entropy, target=target, ignore_index=ctx.ignore_index)
+            return *composed_gradient(compose, (logits,), grad), None, None
+        counted, target = target != ctx.ignore_index, target.clamp(min=0)
         grad_logits = torch.empty_like(logits)
         rows = _rows_at_once(logits)
         weight = (grad * counted)[:, None]
@@ -40,6 +47,16 @@ class CrossEntropy(torch.autograd.Function):
             softmax = torch.sub(part.float(), total).exp_().mul_(scale)
             out.copy_(softmax.scatter_add_(-1, chosen, -scale))
         return grad_logits, None, None
+
+
+def _cross_entropy(logits, target, ignore_index):
+    return nn.functional.cross_entropy(
+        logits.float(), target, ignore_index=ignore_index, reduction="sum"
+    )
+
+
+def _linear_cross_entropy(hidden, weight, target, ignore_index):
+    return _cross_entropy(hidden @ weight.T, target, ignore_index)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -52,6 +69,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, ignore_index, with_gradients):
+        given, ctx.ignore_index = (hidden, weight, target), ignore_index
         rows = max(1, _chunk(hidden, CHUNK_OF_PRODUCTS) // len(weight))
         counted, target = target != ignore_index, target.clamp(min=0)
         needs_hidden, needs_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
@@ -76,15 +94,18 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[part] = error @ matrix
             if grad_weight is not None:
                 _add_product(grad_weight, error.T, x)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, *given)
         return torch.stack(sums).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight = ctx.saved_tensors
+        grad_hidden, grad_weight, hidden, weight, target = ctx.saved_tensors
+        if needs_composed_gradient(grad):
+            compose = partial(_linear_cross_entropy, target=target, ignore_index=ctx.ignore_index)
+            return *composed_gradient(compose, (hidden, weight), grad), None, None, None
         return (
-            None if hidden is None else hidden * grad.to(hidden.dtype),
-            None if weight is None else weight * grad.to(weight.dtype),
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad.to(grad_weight.dtype),
             None,
             None,
             None,
@@ -137,10 +158,8 @@ def causal_lm_loss(
     """
     target = shifted(labels, shift_labels, ignore_index).reshape(-1).to(logits.device)
     logits = logits.reshape(-1, vocab_size)
-    if torch.compiler.is_compiling():  # a compiler fuses what is written out
-        total = nn.functional.cross_entropy(
-            logits.float(), target, ignore_index=ignore_index, reduction="sum"
-        )
+    if is_traced():  # a compiler fuses what is written out
+        total = _cross_entropy(logits, target, ignore_index)
     else:
         total = CrossEntropy.apply(logits, target, ignore_index)
     return _mean(total, target, num_items_in_batch, ignore_index)
@@ -153,6 +172,9 @@ def loss_without_logits(hidden, weight, targets, num_items_in_batch=None, ignore
     """
     target = targets.reshape(-1).to(hidden.device)
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
+    if is_traced():
+        total = _linear_cross_entropy(hidden, weight, target, ignore_index)
+        return _mean(total, target, num_items_in_batch, ignore_index)
     with_gradients = torch.is_grad_enabled()
     total = LinearCrossEntropy.apply(hidden, weight, target, ignore_index, with_gradients)
     return _mean(total, target, num_items_in_batch, ignore_index)
@@ -212,7 +234,7 @@ def count_visible(num_items_in_batch, targets, visible, ignore_index=-100):
 def scored_columns(attention_mask, hidden, targets, ignore_index=-100):
     """Where logits are worth their cost: at tokens, at targets and in the last column, which says
     what comes next. A mask (B T), or None for all."""
-    if attention_mask is None or torch.compiler.is_compiling():
+    if attention_mask is None or is_traced():
         return None
     columns = attention_mask[:, -hidden.shape[1] :].to(hidden.device, torch.bool, copy=True)
     columns[:, -1] = True

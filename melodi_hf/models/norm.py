@@ -6,8 +6,12 @@ On the CPU torch composes them from several passes and keeps what each of them m
 needs the input and one number per vector. Elsewhere torch's own kernels are used.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
+
+from .tracing import composed_gradient, is_traced, needs_composed_gradient
 
 
 class Normalise(torch.autograd.Function):
@@ -20,13 +24,16 @@ class Normalise(torch.autograd.Function):
     def forward(ctx, x, gain, divisor, eps):
         scale = _scale(x, divisor, eps)
         ctx.save_for_backward(x, gain, scale)
-        ctx.divisor = divisor
+        ctx.divisor, ctx.eps = divisor, eps
         return _scaled(x, gain, scale)
 
     @staticmethod
     def backward(ctx, grad):
         # With s the scale, the gradient is  s g - x s³ (g·x) / divisor,  where g = gain * grad.
         x, gain, scale = ctx.saved_tensors
+        if needs_composed_gradient(grad):
+            compose = partial(_composed, divisor=ctx.divisor, eps=ctx.eps)
+            return *composed_gradient(compose, (x, gain), grad), None, None
         grad_gain = None
         if gain is None:
             along, out = torch.linalg.vecdot(grad, x).unsqueeze_(-1), grad * scale
@@ -57,6 +64,12 @@ def _scaled(x, gain, scale):
     return x * (scale * gain) if gain.shape[-1] == 1 else (x * scale).mul_(gain)
 
 
+def _composed(x, gain, divisor, eps):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a sum of many small numbers
+    scale = torch.rsqrt(wide.square().sum(-1, keepdim=True) / divisor + eps)
+    return x * (scale if gain is None else scale * gain).to(x.dtype)
+
+
 def normalise(x, gain, divisor, eps):
     """`Normalise`, without its cost where nobody differentiates."""
     if torch.is_grad_enabled():
@@ -66,7 +79,7 @@ def normalise(x, gain, divisor, eps):
 
 def composed_by_torch(x):
     """Whether torch has no kernel of its own for these."""
-    if torch.compiler.is_compiling():  # then a compiler composes
+    if is_traced():  # then a compiler composes
         return False
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
@@ -86,9 +99,7 @@ def unit(x, eps, gain=None):
     one; a zero vector stays zero."""
     if composed_by_torch(x):
         return normalise(x, gain, 1, eps)
-    squares = x.float().pow(2).sum(-1, keepdim=True)  # float32: a sum of many small numbers
-    scale = torch.rsqrt(squares + eps)
-    return x * (scale if gain is None else scale * gain).to(x.dtype)
+    return _composed(x, gain, 1, eps)
 
 
 def mean_size(tokens):

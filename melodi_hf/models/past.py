@@ -13,6 +13,7 @@ windows a segment has.
 import torch
 
 from .retrieval import NOWHERE, Source
+from .tracing import is_traced
 
 
 class Past:
@@ -96,4 +97,5 @@ class Past:
 
 
 def _detached(pair):
-    return tuple(tensor.detach() if tensor.requires_grad else tensor for tensor in pair)
+    # The very tensors where that is the same, which an index may know; a tangent shows nowhere.
+    return tuple(t.detach() if t.requires_grad or is_traced() else t for t in pair)

@@ -7,6 +7,7 @@ which a cache has written in place.
 
 import torch
 
+from .tracing import is_traced, is_transformed
 from .windows import (
     Chunk,
     Plan,
@@ -303,6 +304,7 @@ class OpenPlan(RaggedPlan):
 def make_plan(progress, num_columns, mask, window_length, in_place=False):
     """How a call of `num_columns` falls into windows. mask: B T, true at real tokens, or None;
     in_place: whether the memory may be written to."""
+    in_place = in_place and not is_transformed()
     if progress.within:
         return OpenPlan(progress, mask, window_length)
     if mask is None and progress.fill is not None:
@@ -311,7 +313,7 @@ def make_plan(progress, num_columns, mask, window_length, in_place=False):
     if everything:
         shape = progress.tokens_read.shape[0], num_columns
         mask = torch.ones(shape, dtype=torch.bool, device=progress.tokens_read.device)
-    if torch.compiler.is_compiling():
+    if is_traced():
         return plan_unseen(progress, mask, window_length, in_place)
     fill = (progress.tokens_read % window_length).tolist()
     if everything and len(set(fill)) == 1:
@@ -395,18 +397,20 @@ def plan_unseen(progress, mask, window_length, in_place):
     furthest = window_length - 1 if progress.fill is None else progress.fill
     fill, left = progress.tokens_read % window_length, mask.sum(1)
     taken, chunks, starts = torch.zeros_like(left), [], []
+    # A branch of a graph, which torch.func cannot transform.
+    branches = num_columns == 1 and not is_transformed()
     step = WritingStepChunk if in_place else StepChunk
-    kind = step if num_columns == 1 else RaggedChunk
+    kind = step if branches else RaggedChunk
     for i in range((furthest + num_columns + window_length - 1) // window_length):
         count = torch.minimum(left, window_length - fill)
         before = progress.tokens_read + taken
         tokens = min(window_length, num_columns)
-        closes = furthest + num_columns >= (i + 1) * window_length and num_columns > 1
+        closes = furthest + num_columns >= (i + 1) * window_length and not branches
         chunks.append(kind(tokens, fill, count, before, window_length, closes=closes))
         chunks[-1].begins = (0, num_columns)
         starts.append(taken)
         taken, left, fill = taken + count, left - count, (fill + count)
-        if num_columns == 1:
+        if branches:
             chunks.append(ClosingChunk(fill, before + count, window_length))
             starts.append(taken)
         fill = fill % window_length

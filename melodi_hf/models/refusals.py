@@ -2,13 +2,15 @@
 
 import torch
 
+from .tracing import is_traced
+
 
 def real_columns(attention_mask, x, cache):
     """The mask of this call's columns (B T, bool), or None if all are real tokens."""
     if attention_mask is None:
         return None
     batch_size, columns = x.shape[:2]
-    if torch.compiler.is_compiling():  # nobody may look
+    if is_traced():
         return attention_mask[:, -columns:].bool()
     past = 0 if cache is None else int(cache.get_seq_length())
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
@@ -36,7 +38,7 @@ def real_columns(attention_mask, x, cache):
 
 def refuse_packed_rows(mask, position_ids=None, seq_idx=None, cu_seq_lens_q=None, **_):
     """Several documents in one row would leak into each other through the memory."""
-    if torch.compiler.is_compiling():  # nobody may look
+    if is_traced():
         return
     if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
         _refuse_packed("cu_seq_lens_q", 0, int(cu_seq_lens_q[1]))
@@ -82,7 +84,7 @@ def refuse_unknown_ids(input_ids, vocab_size):
 
 
 def _is_free_to_look_at(ids):
-    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    return ids.device.type == "cpu" and not is_traced()
 
 
 def _refuse_unknown(name, ids, vocab_size):

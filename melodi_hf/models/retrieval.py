@@ -11,12 +11,14 @@ Gimelshein, 2018; Rabe & Staats, 2021), so nothing is kept whose size is queries
 sum over keys comes with the logarithm of its weights, and two of them make the softmax over both.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attention import HIDDEN
+from .tracing import composed_gradient, is_traced, needs_composed_gradient
 
 # Numbers that a block of scores, or of keys that were fetched, may have.
 BLOCK = 2**24
@@ -48,7 +50,7 @@ def attend_to_places(q, sources, low, high, rows=None) -> Found:
     up to but not including high are seen; rows: which of the batch the queries belong to (R,), or
     None for all. Gradients flow to q, and to the keys and values that ask for them.
     """
-    if torch.compiler.is_compiling():  # then a compiler decides what is computed anew
+    if is_traced():  # then a compiler decides what is computed anew
         return Found(*_look_at_places(q, sources, low, high, rows))
     return Found(*PlacedAttention.apply(q, low, high, rows, *_flat(sources)))
 
@@ -59,7 +61,7 @@ def attend_to_nearest(q, sources, index, rows=None) -> Found:
     index: R H T k, into the sources laid end to end; -1 is hidden. Gradients flow to q alone.
     Otherwise as `attend_to_places`.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return Found(*_look_at_nearest(q, sources, index, rows))
     return Found(*NearestAttention.apply(q, index, rows, *_flat(sources)))
 
@@ -122,6 +124,9 @@ class PlacedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_log_sum):
         q, low, high, rows, out, log_sum, *flat = ctx.saved_tensors
+        if needs_composed_gradient(grad, grad_log_sum):
+            inputs = q, low, high, rows, *flat
+            return composed_gradient(_compose_places, inputs, (grad, grad_log_sum))
         grad = grad.to(q.dtype)
         along = torch.linalg.vecdot(grad.float(), out.float()) - grad_log_sum
         grad_q, grads = torch.zeros_like(q).float(), []
@@ -155,6 +160,10 @@ class NearestAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_log_sum):
         q, index, rows, out, *flat = ctx.saved_tensors
+        if needs_composed_gradient(grad, grad_log_sum):
+            compose = partial(_compose_nearest, index=index, rows=rows, flat=flat)
+            (grad_q,) = composed_gradient(compose, (q,), (grad, grad_log_sum))
+            return grad_q, None, None, *[None] * len(flat)
         sources, grad_q = _unflat(flat), torch.empty_like(q)
         along = torch.linalg.vecdot(grad.float(), out.float()) - grad_log_sum
         for block in _query_blocks(q, index):
@@ -165,6 +174,14 @@ class NearestAttention(torch.autograd.Function):
             keys = _fetch([s.keys for s in sources], index[:, :, block], rows).float()
             grad_q[:, :, block] = (pulls[..., None, :] @ keys).squeeze(-2).to(q.dtype)
         return grad_q, None, None, *[None] * len(flat)
+
+
+def _compose_places(q, low, high, rows, *flat):
+    return _look_at_places(q, _unflat(flat), low, high, rows)
+
+
+def _compose_nearest(q, index, rows, flat):
+    return _look_at_nearest(q, _unflat(flat), index, rows)
 
 
 def _flat(sources):

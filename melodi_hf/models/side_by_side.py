@@ -25,6 +25,7 @@ from .attention import Attention, Temperature
 from .attention_map import AttentionMap
 from .norm import RMSNorm, composed_by_torch, normalise
 from .position import RelativePosition
+from .tracing import needs_composed_gradient
 
 
 class SideBySide(torch.autograd.Function):
@@ -48,8 +49,12 @@ class SideBySide(torch.autograd.Function):
         like = next(grad for grad in grads if grad is not None)
         order = sorted(range(len(shape)), key=like.stride, reverse=True)
         whole = torch.empty_permuted(shape, order, dtype=dtype, device=device).zero_()
+        is_composed = needs_composed_gradient(*grads)  # which cannot be written into `whole`
         for layers, grad in zip(ctx.ranges, grads, strict=True):
-            if grad is not None:
+            if grad is not None and is_composed:
+                beside = layers.start, shape[0] - layers.stop
+                whole = whole + nn.functional.pad(grad, [0, 0] * (len(shape) - 1) + [*beside])
+            elif grad is not None:
                 whole[layers.start : layers.stop] += grad
         return None, None, *whole.unbind()
 

@@ -29,6 +29,7 @@ import torch
 
 from .configuration_decoder import refuse_unknown_schedule
 from .side_by_side import Weights, family_of, why_not_stackable, with_parts
+from .tracing import is_traced
 from .windows import Plan, Progress
 
 
@@ -38,7 +39,7 @@ def reads_diagonally(model, plan):
     Raises `ValueError` if the schedule is "wavefront" and the layers may differ in more than their
     weights.
     """
-    if type(plan) is not Plan or len(plan.chunks) < 2 or torch.compiler.is_compiling():
+    if type(plan) is not Plan or len(plan.chunks) < 2 or is_traced():
         return False
     refuse_unknown_schedule(model.config.schedule)
     first, last = whole_windows(plan)
