@@ -37,6 +37,13 @@ UNKNOWN_ID = -2  # a column that was given as an embedding
 FORGOTTEN = -3  # a column before those that are held
 
 
+CARRY = (
+    "to train on one segment after another, pass the memory that a call with return_memory=True "
+    "returned as memory="
+)
+NODES = 64  # of a graph that are looked at, to find out whether it is still there
+
+
 class FullWindow(NamedTuple):
     """The memory as some rows had filled their window and not closed it yet."""
 
@@ -191,6 +198,18 @@ class WindowMemoryLayer(CacheLayerMixin):
                 f"have to be taken back, or clone the memory"
             )
         return memory
+
+    def __deepcopy__(self, memo):
+        """As of any object; torch cannot copy a graph."""
+        if any(tensor.grad_fn is not None for tensor in self.memory or ()):
+            raise ValueError(
+                f"a cache that was filled with gradients enabled cannot be copied with its graph: "
+                f"call clone() for a copy without it, or detach_() before copying; {CARRY}"
+            )
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def offload(self):
         if self.memory is not None:
@@ -395,6 +414,8 @@ def fetch_memory(cache, layers, x):
             empty = layer.empty_memory(len(x), device, x.dtype, for_generation=True)
             held.begin(empty, layer.config.window_length, torch.zeros_like(x[:, :1]), x.device)
     _refuse_other(cache, layers, x)
+    if torch.is_grad_enabled() and not (is_traced() or layers[0].gradient_checkpointing):
+        _refuse_freed_graph(held_layers[0].memory)
     pairs = zip(layers, held_layers, strict=True)
     memories = tuple(_in_type(layer, held.memory, x.dtype) for layer, held in pairs)
     return memories, held_layers[0].progress
@@ -442,6 +463,32 @@ def _refuse_other(cache, layers, x):
         )
     for i, (held, layer) in enumerate(zip(cache.layers, layers, strict=True)):
         refuse_foreign_layer(i, held.memory, layer.memory_shapes(for_generation=True), {})
+
+
+def _refuse_freed_graph(memory):
+    """A graph that an earlier backward went through cannot be continued."""
+    if any(_is_freed(tensor.grad_fn) for tensor in memory):
+        raise ValueError(
+            f"past_key_values holds the graph of a call whose backward has freed it: call "
+            f"past_key_values.detach_() after each backward; {CARRY}"
+        )
+
+
+def _is_freed(node):
+    # Breadth first, since only nodes that lead to an earlier loss are freed.
+    nodes = [node]
+    for node in nodes:  # which grows
+        if node is None:
+            continue
+        try:
+            for name in dir(node):
+                if name == "saved_tensors" or name.startswith("_saved_"):
+                    getattr(node, name)
+        except RuntimeError as error:
+            if "a second time" in str(error):
+                return True
+        nodes += [n for n, _ in node.next_functions if n not in nodes][: NODES - len(nodes)]
+    return False
 
 
 def _in_type(layer, memory, dtype):

@@ -1,0 +1,61 @@
+"""Caches that hold a graph: what training with one asks for is said where it goes wrong."""
+
+import copy
+
+import pytest
+import torch
+
+from melodi_hf import MelodiCache
+
+from .models import DOCUMENT, EACH, WINDOW, assert_equal, assert_near, build, draw
+
+LENGTHS = [
+    DOCUMENT,
+    2 * WINDOW,
+    WINDOW + 1,
+    3,
+]  # in a window, between two, just begun, in the first
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_cache_whose_graph_was_freed(name, length):
+    model, ids = build(name), draw(2, length)
+    cache = MelodiCache(model.config)
+    model(ids, labels=ids, past_key_values=cache).loss.backward()
+    holds_graph = any(t.requires_grad for t in cache.layers[0].memory)
+    if holds_graph:
+        message = (
+            r"past_key_values.detach_\(\) after each backward; .* return_memory=True .* memory="
+        )
+        with pytest.raises(ValueError, match=message):
+            model(ids, labels=ids, past_key_values=cache)
+    cache.detach_()
+    model(ids, labels=ids, past_key_values=cache).loss.backward()
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_graph_over_two_calls(name):
+    """Where nothing was freed, gradients flow through the cache; so they do if a graph is kept."""
+    model, ids = build(name), draw(2, DOCUMENT)
+    cache = MelodiCache(model.config)
+    first = model(ids[:, :WINDOW], past_key_values=cache).logits
+    second = model(ids[:, WINDOW:], past_key_values=cache).logits
+    assert_near(torch.cat((first, second), dim=1), model(ids).logits)
+    first.sum().backward(retain_graph=True)
+    model(ids, past_key_values=cache)
+    second.sum().backward()
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_copies(name):
+    model, ids = build(name), draw(2, DOCUMENT)
+    cache = MelodiCache(model.config)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"call clone\(\) for a copy without it, or detach_\(\)"):
+        copy.deepcopy(cache)
+    twins = cache.clone(), copy.deepcopy(cache.detach_())
+    with torch.no_grad():
+        wanted = model(ids, past_key_values=cache).logits
+        for twin in twins:
+            assert_equal(model(ids, past_key_values=twin).logits, wanted)
