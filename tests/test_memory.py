@@ -89,7 +89,7 @@ def test_the_queue_forgets_its_oldest_tokens():
         layer = before.layers[1]
         long = layer.long.clone()
         long[:, :pushed] += 1
-        layers = (before.layers[0], layer._replace(long=long), before.layers[2])
+        layers = (before.layers[0], layer._replace(long_tokens=long), before.layers[2])
         marked = before._replace(layers=layers)
         read = model(ids[:, 4 * WINDOW : 5 * WINDOW], memory=marked, return_memory=True)
         assert_equal(queue(read.memory)[:, : capacity - pushed], queue(before)[:, pushed:])

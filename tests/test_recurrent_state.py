@@ -180,7 +180,7 @@ def test_the_state_of_a_model_in_bfloat16_is_kept_in_float32(carrier):
     else:
         memory = model(ids, return_memory=True).memory.layers[1]
     kinds = {name: tensor.dtype for name, tensor in memory._asdict().items()}
-    assert kinds.pop("state") == torch.float32
+    assert kinds.pop("state_vectors") == torch.float32
     assert set(kinds.values()) == {torch.bfloat16}
     assert_differ(memory.state, memory.state.bfloat16().float(), by=1e-5)
 
@@ -205,7 +205,7 @@ def test_a_state_that_is_forgotten_is_the_one_that_documents_begin_with(name):
     rest = ids[:, 3 * WINDOW :]
     left = model(rest, memory=model.base_model.forget(before, long=0)).logits
     layers = tuple(
-        held._replace(state=layer.initial_state.expand_as(held.state).clone())
+        held._replace(state_vectors=layer.initial_state.expand_as(held.state).clone())
         if hasattr(held, "state")
         else held
         for layer, held in zip(model.model.layers, before.layers, strict=True)

@@ -6,6 +6,7 @@ depend on the code that a compiler makes of it, which would take minutes for eac
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from .models import EACH, WINDOW, assert_near, build, draw
 
@@ -77,16 +78,75 @@ def test_training_with_a_carried_memory(name):
         memory = found[2]
 
 
+BATCH = torch.export.Dim("batch", max=64)
+
+
+def export(model, given, sizes):
+    """A program of what is given by name; sizes: name -> the axes that are open."""
+    open_axes = {name: sizes.get(name) for name in given}
+    return torch.export.export(model, (), given, dynamic_shapes=open_axes).module()
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_export(name):
-    """Of a batch size that is open."""
-    model, ids = small(name), draw(2, LENGTH)
-    sizes = {"input_ids": {0: torch.export.Dim("batch", max=64)}, "use_cache": None}
-    given = {"input_ids": ids, "use_cache": False}
-    program = torch.export.export(model, (), given, dynamic_shapes=sizes)
-    for rows in (2, 5):
-        texts = draw(rows, LENGTH)
-        assert_near(program.module()(input_ids=texts, use_cache=False).logits, model(texts).logits)
+    """Of a batch size that is open, with padding and without."""
+    model, ids, rows = small(name), draw(2, LENGTH), {0: BATCH}
+    sizes = {"input_ids": rows, "attention_mask": rows}
+    for mask in ({}, {"attention_mask": padding(ids)}):
+        how = mask | {"use_cache": False}
+        program = export(model, {"input_ids": ids} | how, sizes)
+        for count in (2, 5):
+            texts = draw(count, LENGTH)
+            given = how | {name: padding(texts) for name in mask}
+            real = padding(texts) == 1 if mask else texts > 0
+            found = program(input_ids=texts, **given).logits
+            assert_near(found[real], model(texts, **given).logits[real])
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("whole", [0, 1], ids=["within a window", "beyond a window"])
+def test_export_of_a_length_that_is_open(name, whole):
+    """As long as the number of windows stays the same: more of them are more of a graph."""
+    model, first = small(name), whole * WINDOW + 2
+    length = torch.export.Dim("length", min=first, max=first + WINDOW - 3)
+    sizes = {"input_ids": {0: BATCH, 1: length}}
+    given = {"input_ids": draw(2, first + 2), "use_cache": False}
+    program = export(model, given, sizes)
+    for count in (first, first + WINDOW - 3):
+        texts = draw(3, count)
+        found = program(input_ids=texts, use_cache=False).logits
+        assert_near(found, model(texts).logits)
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("length", [WINDOW, LENGTH], ids=["between windows", "in a window"])
+def test_export_with_a_memory(name, length):
+    """A program that reads a document of any length, one piece after the other."""
+    model, ids = small(name), draw(2, 4 * length)
+    pieces = ids.split(length, dim=1)
+    how = {"return_memory": True, "use_cache": False}
+    memory = model(pieces[0], **how).memory
+    sizes = {
+        "input_ids": {0: BATCH},
+        "memory": tree_map(lambda t: {0: BATCH} if isinstance(t, torch.Tensor) else None, memory),
+    }
+    program = export(model, {"input_ids": pieces[1], "memory": memory} | how, sizes)
+    output = program(input_ids=pieces[1], memory=memory, **how)
+    wanted = model(pieces[1], memory=memory, **how)
+    assert_near(output.logits, wanted.logits)
+    torch.testing.assert_close(output.memory, wanted.memory, rtol=0, atol=1e-5)
+    assert len(output.memory.layers[0]._fields) > 1
+    if length == WINDOW:  # then all pieces stand at the same slot
+        again = program(input_ids=pieces[2], memory=output.memory, **how)
+        assert_near(again.logits, model(ids).logits[:, 2 * length : 3 * length])
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_no_field_of_a_memory_begins_another(name):
+    """torch.export would take one for the other, in what it checks before it runs."""
+    for layer in small(name).model.layers:
+        fields = layer.memory_type._fields
+        assert not [(a, b) for a in fields for b in fields if a != b and b.startswith(a)]
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ class Columns:
     def __init__(self, progress, num_columns, mask, cache, window_length):
         tokens_read = progress.tokens_read
         self.tokens_read, self.window_length = tokens_read, window_length
-        shape = len(tokens_read), num_columns
+        shape = tokens_read.shape[0], num_columns
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=tokens_read.device)
         recent = None if cache is None else cache.layers[0].recent
@@ -60,7 +60,7 @@ class Columns:
 
     def lay_out(self, weights, slots_before, tokens_before):
         """weights: pairs of a chunk and its R H T J -> B H T C."""
-        batch_size, heads = len(self.tokens_read), weights[0][1].shape[1]
+        batch_size, heads = self.tokens_read.shape[0], weights[0][1].shape[1]
         width = self.nowhere + 1
         laid = weights[0][1].new_zeros(batch_size, self.num_columns + 1, heads, width)
         everyone = torch.arange(batch_size, device=laid.device)

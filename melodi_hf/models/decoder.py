@@ -455,6 +455,8 @@ class DecoderModel(DecoderPreTrainedModel):
                 f"the input has shape {tuple(given.shape)}: input_ids are rows and columns, "
                 f"inputs_embeds rows, columns and {self.config.hidden_size} channels"
             )
+        if inputs_embeds.shape[0] == 0:
+            raise ValueError("the batch has 0 rows: give at least 1")
         if inputs_embeds.shape[1] == 0:
             raise ValueError("the call has 0 tokens: give at least 1 per row")
         return inputs_embeds
@@ -469,14 +471,14 @@ class DecoderModel(DecoderPreTrainedModel):
             held = fetch_memory(cache, self.layers, x)
             before = Memory(*held)
         elif memory is not None:
-            refuse_foreign_memory(memory, self.layers, len(x))
+            refuse_foreign_memory(memory, self.layers, x.shape[0])
             before = memory
         else:
             before = self.empty_memory(x.shape[0], x.device, x.dtype)
         if reset_memory is None:
             return before
-        refuse_bad_reset(reset_memory, len(x))
-        return restart(before, reset_memory, self.empty_memory(len(x), x.device, x.dtype))
+        refuse_bad_reset(reset_memory, x.shape[0])
+        return restart(before, reset_memory, self.empty_memory(x.shape[0], x.device, x.dtype))
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel):

@@ -32,6 +32,9 @@ class MemoryGenerationMixin(GenerationMixin):
         if cache is not None:
             cache.columns_at_last_step = None
         refuse_impossible(self, args, kwargs)
+        for given in (ids, kwargs.get("inputs_embeds")):
+            if isinstance(given, torch.Tensor) and given.shape[:1] == (0,):
+                raise ValueError("the batch has 0 rows: give at least 1")
         if ids is not None and cache is not None and kwargs.get("inputs_embeds") is None:
             refuse_lost_ids(cache, ids, kwargs.get("attention_mask"))
         if ends_row_by_row(self, args, kwargs):

@@ -49,6 +49,12 @@ FREE_FIELDS = {
 WEIGHT_TOLERANCE = 2**-7  # relative: weights rounded to bfloat16 are still the same weights
 
 
+# Fields whose name in a file is an earlier one. torch.export takes a field for another one whose
+# name begins with its own, so no field may be called "long" beside "long_keys".
+NAMES_IN_FILES = {"long_tokens": "long", "state_vectors": "state"}
+FIELDS = {in_file: name for name, in_file in NAMES_IN_FILES.items()}
+
+
 class SavedMemory(NamedTuple):
     """What a memory file holds."""
 
@@ -153,11 +159,13 @@ def save_memory_file(memory_cache, path, dtype: torch.dtype | None = None, model
     tensors = {"tokens_read": layers[0].progress.tokens_read}
     for i, layer in enumerate(layers):
         for name, tensor in layer.memory._asdict().items():
-            tensors[f"layers.{i}.{name}"] = tensor
+            tensors[f"layers.{i}.{NAMES_IN_FILES.get(name, name)}"] = tensor
     tensors |= {f"extras.{name}": tensor for name, tensor in (extras or {}).items()}
     content = {
         "config": memory_cache.config_fields,
-        "fields": [list(layer.memory._fields) for layer in layers],
+        "fields": [
+            [NAMES_IN_FILES.get(name, name) for name in layer.memory._fields] for layer in layers
+        ],
         "dtypes": {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()},
         "columns": int(layers[0].columns),
         "fill": layers[0].progress.fill,
@@ -267,7 +275,8 @@ def _held(tensor, device, dtype):
 def _assembled(content, tensors):
     layers = []
     for i, names in enumerate(content["fields"]):
-        memory_type: Any = namedtuple("Memory", tuple(names))  # type: ignore[misc] # from the file
+        fields = tuple(FIELDS.get(name, name) for name in names)
+        memory_type: Any = namedtuple("Memory", fields)  # type: ignore[misc] # from the file
         layers.append(memory_type(*(tensors[f"layers.{i}.{name}"] for name in names)))
     extras = {n.removeprefix("extras."): t for n, t in tensors.items() if n.startswith("extras.")}
     return SavedMemory(

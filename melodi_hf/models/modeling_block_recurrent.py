@@ -55,9 +55,14 @@ class RecurrentMemory(NamedTuple):
 
     keys: Tensor  # B H W+w K
     values: Tensor  # B H W+w K
-    state: Tensor  # B n D
+    state_vectors: Tensor  # B n D
     state_keys: Tensor  # B H n K
     state_values: Tensor  # B H n K
+
+    @property
+    def state(self):
+        """The earlier name of `state_vectors`."""
+        return self.state_vectors
 
 
 class Queries(nn.Module):
@@ -228,10 +233,10 @@ class BlockRecurrentLayer(SlidingWindowLayer):
 
     memory_type = RecurrentMemory
     window_axis = dict.fromkeys(("keys", "values", "state_keys", "state_values"), 2)
-    changed_by_closing = ("keys", "values", "state")
-    kinds = SlidingWindowLayer.kinds | {"long": ("state", "state_keys", "state_values")}
+    changed_by_closing = ("keys", "values", "state_vectors")
+    kinds = SlidingWindowLayer.kinds | {"long": ("state_vectors", "state_keys", "state_values")}
     summaries_of_the_past = ("long",)
-    kept_in_float32 = ("state",)
+    kept_in_float32 = ("state_vectors",)
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
@@ -253,7 +258,7 @@ class BlockRecurrentLayer(SlidingWindowLayer):
         config = self.config
         slots = config.num_state_vectors if for_generation else 0
         shape = config.num_attention_heads, slots, config.head_dim
-        state = {"state": (config.num_state_vectors, config.hidden_size)}
+        state = {"state_vectors": (config.num_state_vectors, config.hidden_size)}
         keys_values = dict.fromkeys(("state_keys", "state_values"), shape)
         return super().memory_shapes(for_generation) | state | keys_values
 
@@ -278,8 +283,8 @@ class BlockRecurrentLayer(SlidingWindowLayer):
 
     def state_after(self, windows, memory):
         """The state that so many windows (R,) left; if there are none, what was learned: R n D."""
-        learned = self.initial_state.to(memory.state.dtype)
-        return torch.where((windows == 0)[:, None, None], learned, memory.state)
+        learned = self.initial_state.to(memory.state_vectors.dtype)
+        return torch.where((windows == 0)[:, None, None], learned, memory.state_vectors)
 
     def named(self, state):
         """The state as it is attended to and attends: normalised, each vector with its id."""
@@ -295,7 +300,7 @@ class BlockRecurrentLayer(SlidingWindowLayer):
         new = self.next_state(memory, chunk)
         closed = super().close(memory, chunk)
         return closed._replace(
-            state=chunk.where_closed(new, memory.state),
+            state_vectors=chunk.where_closed(new, memory.state_vectors),
             state_keys=chunk.emptied(memory.state_keys, 2),
             state_values=chunk.emptied(memory.state_values, 2),
         )
@@ -320,7 +325,7 @@ class BlockRecurrentLayer(SlidingWindowLayer):
         state_spread: how far its vectors lie from their mean, as a share of their size; 0 if all
             are the same.
         """
-        state = memory.state
+        state = memory.state_vectors
         size, spread = mean_size(state), mean_size(state - state.mean(1, keepdim=True))
         openness = [gate.openness() for gate in self.state_update.gates()]
         return super().figures(memory, windows_read) | {

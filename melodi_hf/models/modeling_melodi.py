@@ -47,12 +47,17 @@ class MelodiMemory(NamedTuple):
     tokens are read; they have no slots while w = 0."""
 
     short: Tensor  # B S D
-    long: Tensor  # B M D, oldest first
+    long_tokens: Tensor  # B M D, oldest first
     long_keys: Tensor  # B H M K
     long_values: Tensor  # B H M K
     keys: Tensor  # B H S+w K, of the short-term memory and the tokens
     values: Tensor  # B H S+w K
     outputs: Tensor  # B w D, tokens after the layer: what will be mixed
+
+    @property
+    def long(self):
+        """The earlier name of `long_tokens`."""
+        return self.long_tokens
 
 
 class TokenMixer(nn.Module):
@@ -122,14 +127,14 @@ class MelodiLayer(DecoderLayer):
 
     memory_type = MelodiMemory
     window_axis = {"keys": 2, "values": 2, "outputs": 1}  # noqa: RUF012
-    changed_by_closing = ("short", "long", "long_keys", "long_values")
+    changed_by_closing = ("short", "long_tokens", "long_keys", "long_values")
     kinds = {  # noqa: RUF012
         "short": ("short",),
-        "long": ("long", "long_keys", "long_values"),
+        "long": ("long_tokens", "long_keys", "long_values"),
     }
     long_length = 0
     stacks = FeedForward, TokenMixer, NormalisedTokenMixer, KeepSummaries, KeepNothing
-    own_fields = ("long", "long_keys", "long_values")
+    own_fields = ("long_tokens", "long_keys", "long_values")
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -154,7 +159,7 @@ class MelodiLayer(DecoderLayer):
         slots = short + window if for_generation else 0
         return {
             "short": (short, hidden),
-            "long": (as_tokens, hidden),
+            "long_tokens": (as_tokens, hidden),
             "long_keys": (heads, as_keys, per_head),
             "long_values": (heads, as_keys, per_head),
             "keys": (heads, slots, per_head),
@@ -210,6 +215,10 @@ class MelodiLayer(DecoderLayer):
 
     def recall(self, tokens):
         """Keys and values of remembered tokens: B J D -> two of B H J K."""
+        if tokens.shape[1] == 0:  # which not every kind of linear layer takes
+            heads, per_head = self.config.num_attention_heads, self.config.head_dim
+            none = tokens.new_empty(tokens.shape[0], heads, 0, per_head)
+            return none, none
         return self.self_attn.keys_values(self.dropout(self.input_layernorm(tokens)))
 
     def close(self, h, outputs, memory, chunk):
@@ -259,7 +268,7 @@ class LongTermMelodiLayer(MelodiLayer):
 
     def open(self, memory):
         # In training the tokens are projected anew: gradients reach the weights, not the tokens.
-        keys, values = self.recall(memory.long)
+        keys, values = self.recall(memory.long_tokens)
         return memory._replace(
             long_keys=join(memory.long_keys, keys), long_values=join(memory.long_values, values)
         )
@@ -268,8 +277,10 @@ class LongTermMelodiLayer(MelodiLayer):
         if given.long_keys.shape[2] == self.long_length:
             return memory
         # Not the part of a longer queue that `slide` made: FSDP warns of parts.
-        long = memory.long.clone(memory_format=torch.contiguous_format)
-        return memory._replace(long=long, long_keys=given.long_keys, long_values=given.long_values)
+        tokens = memory.long_tokens.clone(memory_format=torch.contiguous_format)
+        return memory._replace(
+            long_tokens=tokens, long_keys=given.long_keys, long_values=given.long_values
+        )
 
     def filled_slots(self, windows_read):
         pushed = windows_read * self.config.num_long_memory_tokens
@@ -290,7 +301,7 @@ class LongTermMelodiLayer(MelodiLayer):
         """
         filled = self.filled_slots(windows_read)  # B
         fill = (filled / self.long_length)[:, None, None]
-        tokens = memory.long.float() * fill.clamp(min=1 / self.long_length).rsqrt()
+        tokens = memory.long_tokens.float() * fill.clamp(min=1 / self.long_length).rsqrt()
         return super().figures(memory, windows_read) | {
             "gate_openness": 1 - self.gate.sigmoid().mean(),
             "queue_fill": fill.mean(),
@@ -305,7 +316,7 @@ class LongTermMelodiLayer(MelodiLayer):
             return chunk.where_closed(slide(queue, new, dim), queue)
 
         return memory._replace(
-            long=behind(memory.long, pushed, 1),
+            long_tokens=behind(memory.long_tokens, pushed, 1),
             long_keys=behind(memory.long_keys, keys, 2),
             long_values=behind(memory.long_values, values, 2),
         )

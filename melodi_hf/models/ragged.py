@@ -101,7 +101,7 @@ class RaggedChunk(Chunk):
         device, window = self.first.device, self.window_length
         tokens = self.first[:, None] + torch.arange(self.tokens, device=device)
         summaries = window + torch.arange(self.closes * num_summary_tokens, device=device)
-        query = torch.cat((tokens, summaries.expand(len(tokens), -1)), dim=1) + offset
+        query = torch.cat((tokens, summaries.expand(tokens.shape[0], -1)), dim=1) + offset
         key = torch.arange(offset + window + len(summaries), device=device)
         bias = by_distance(query[:, :, None] - key)
         return bias.transpose(0, 1)  # H R T J -> R H T J
@@ -158,7 +158,7 @@ class WritingStepChunk(StepChunk):
         if held.dtype != new.dtype or is_sealed(held):
             return super().extend(held, new, dim)
         slot = self.slots_read % self.window_length + held.shape[dim] - self.window_length
-        place = (torch.arange(len(slot), device=slot.device), *[slice(None)] * (dim - 1), slot)
+        place = (torch.arange(slot.shape[0], device=slot.device), *[slice(None)] * (dim - 1), slot)
         new = new.squeeze(dim)
         held[place] = torch.where(_rows(self.count > 0, new), new, held[place])
         return held
@@ -229,8 +229,8 @@ class RaggedPlan(Plan):
     def __init__(self, chunks, starts, progress, mask):
         # starts: for each chunk, which of its row's real tokens is the first of it (R,)
         self.num_columns, self.chunks, self.progress = mask.shape[1], chunks, progress
-        self.sizes = [len(chunk.tokens_read) for chunk in chunks]  # R
-        self.batch_size = len(mask)
+        self.sizes = [chunk.tokens_read.shape[0] for chunk in chunks]  # R
+        self.batch_size = mask.shape[0]
         self.tokens_before = progress.tokens_read - mask.sum(1)
         # Columns, those of real tokens first, B T.
         self.real = (~mask).long().argsort(dim=1, stable=True)
@@ -404,7 +404,7 @@ def plan_unseen(progress, mask, window_length, in_place):
     for i in range((furthest + num_columns + window_length - 1) // window_length):
         count = torch.minimum(left, window_length - fill)
         before = progress.tokens_read + taken
-        tokens = min(window_length, num_columns)
+        tokens = window_length if window_length < num_columns else num_columns
         closes = furthest + num_columns >= (i + 1) * window_length and not branches
         chunks.append(kind(tokens, fill, count, before, window_length, closes=closes))
         chunks[-1].begins = (0, num_columns)
@@ -433,8 +433,9 @@ def _ways(chunks, starts, real):
         sources.append(source.flatten())
         targets.append(source.masked_fill(~is_read, batch_size * columns).flatten())
     gather, target = torch.cat(sources), torch.cat(targets)
-    packed = torch.arange(len(gather), device=real.device)
-    scatter = packed.new_full((batch_size * columns + 1,), len(gather))
+    count = gather.shape[0]
+    packed = torch.arange(count, device=real.device)
+    scatter = packed.new_full((batch_size * columns + 1,), count)
     return gather, scatter.scatter(0, target, packed)[:-1]
 
 

@@ -133,7 +133,7 @@ def refuse_foreign_memory(memory, layers, batch_size):
             f"memory has {len(memory.layers)} layers and this model {len(layers)}: it is that of "
             f"another model"
         )
-    rows = len(memory.progress.tokens_read)
+    rows = memory.progress.tokens_read.shape[0]
     if rows != batch_size:
         raise ValueError(
             f"memory holds {rows} rows and the batch has {batch_size}: read both with the same "

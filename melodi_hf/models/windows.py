@@ -55,7 +55,7 @@ class Chunk:
 
     def __init__(self, tokens, fill, tokens_read, window_length, rows=None):
         self.tokens, self.fill, self.rows = tokens, fill, rows
-        self.closes = fill + tokens == window_length
+        self.closes = bool(fill + tokens == window_length)
         self.tokens_read, self.window_length = tokens_read, window_length
         # Which token of its row's in this call is the first of the chunk: the least and the most.
         self.begins = (0, 0)
@@ -65,8 +65,8 @@ class Chunk:
 
     @property
     def pattern(self):
-        """Chunks of one call with equal patterns have equal position biases."""
-        return self.tokens, self.fill
+        """Chunks of one call with equal patterns have equal position biases: whole windows."""
+        return "window" if self.closes and self.fill == 0 else id(self)
 
     @property
     def windows_read(self):
@@ -187,7 +187,8 @@ class Plan:
     def _cut(self, progress, num_columns, window_length, in_place):
         fill, done = progress.fill, 0
         while done < num_columns:
-            tokens = min(window_length - fill, num_columns - done)
+            room, left = window_length - fill, num_columns - done
+            tokens = left if left < room else room  # a branch, where min() gives an expression
             goes_on = in_place and 0 < fill < window_length - tokens  # in a window that stays open
             kind = WritingChunk if goes_on else Chunk
             chunk = kind(tokens, fill, progress.tokens_read + done, window_length)
@@ -319,7 +320,7 @@ def put_rows(old, new, rows):
     if new.numel() == 0:
         return old
     slots = [max(sizes) for sizes in zip(old.shape[1:], new.shape[1:], strict=True)]
-    old, new = widened(old, (len(old), *slots)), widened(new, (len(new), *slots))
+    old, new = widened(old, (old.shape[0], *slots)), widened(new, (new.shape[0], *slots))
     return old.to(new.dtype).index_copy(0, rows, new)
 
 
