@@ -194,14 +194,22 @@ def _unflat(flat):
 
 def _blocks(source, q):
     # Slices of keys, as many at a time as BLOCK allows for these queries.
-    step, length = _step(q[..., 0].numel()), source.keys.shape[2]
-    return [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
+    return _slices(source.keys.shape[2], _step(q[..., 0].numel()))
 
 
 def _query_blocks(q, index):
     # Slices of queries, as many at a time as BLOCK allows to have their keys fetched.
-    step = _step(q[:, :, 0].numel() * index.shape[3])
-    return [slice(begin, begin + step) for begin in range(0, q.shape[2], step)]
+    return _slices(q.shape[2], _step(q[:, :, 0].numel() * index.shape[3]))
+
+
+def _slices(length, step):
+    # Without range(), which would fix a length that is open in a graph.
+    begin, slices = 0, []
+    while begin < length:
+        end = begin + step
+        slices.append(slice(begin, end if end < length else length))
+        begin = end
+    return slices
 
 
 def _step(numbers):
