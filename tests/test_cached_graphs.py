@@ -22,16 +22,14 @@ LENGTHS = [
 def test_a_cache_whose_graph_was_freed(name, length):
     model, ids = build(name), draw(2, length)
     cache = MelodiCache(model.config)
-    model(ids, labels=ids, past_key_values=cache).loss.backward()
+    model(ids, labels=ids, cache=cache).loss.backward()
     holds_graph = any(t.requires_grad for t in cache.layers[0].memory)
     if holds_graph:
-        message = (
-            r"past_key_values.detach_\(\) after each backward; .* return_memory=True .* memory="
-        )
+        message = r"cache.detach_\(\) after each backward; .* return_memory=True .* memory="
         with pytest.raises(ValueError, match=message):
-            model(ids, labels=ids, past_key_values=cache)
+            model(ids, labels=ids, cache=cache)
     cache.detach_()
-    model(ids, labels=ids, past_key_values=cache).loss.backward()
+    model(ids, labels=ids, cache=cache).loss.backward()
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -39,11 +37,11 @@ def test_a_graph_over_two_calls(name):
     """Where nothing was freed, gradients flow through the cache; so they do if a graph is kept."""
     model, ids = build(name), draw(2, DOCUMENT)
     cache = MelodiCache(model.config)
-    first = model(ids[:, :WINDOW], past_key_values=cache).logits
-    second = model(ids[:, WINDOW:], past_key_values=cache).logits
+    first = model(ids[:, :WINDOW], cache=cache).logits
+    second = model(ids[:, WINDOW:], cache=cache).logits
     assert_near(torch.cat((first, second), dim=1), model(ids).logits)
     first.sum().backward(retain_graph=True)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     second.sum().backward()
 
 
@@ -51,11 +49,11 @@ def test_a_graph_over_two_calls(name):
 def test_copies(name):
     model, ids = build(name), draw(2, DOCUMENT)
     cache = MelodiCache(model.config)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     with pytest.raises(ValueError, match=r"call clone\(\) for a copy without it, or detach_\(\)"):
         copy.deepcopy(cache)
     twins = cache.clone(), copy.deepcopy(cache.detach_())
     with torch.no_grad():
-        wanted = model(ids, past_key_values=cache).logits
+        wanted = model(ids, cache=cache).logits
         for twin in twins:
-            assert_equal(model(ids, past_key_values=twin).logits, wanted)
+            assert_equal(model(ids, cache=twin).logits, wanted)

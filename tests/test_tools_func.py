@@ -171,8 +171,8 @@ def test_several_models_and_texts_at_once(name):
 
     def logits(weights, ids):
         output = functional_call(model, weights, (ids[:, :-1],))
-        cache = output.past_key_values
-        last = functional_call(model, weights, (ids[:, -1:],), {"past_key_values": cache})
+        cache = output.cache
+        last = functional_call(model, weights, (ids[:, -1:],), {"cache": cache})
         return torch.cat((output.logits, last.logits), dim=1)
 
     with torch.no_grad():

@@ -176,7 +176,7 @@ def adapted(how, name="melodi"):
 
 def continued(memory, model, ids):
     with torch.no_grad():
-        return model(input_ids=ids, past_key_values=memory.clone()).logits
+        return model(input_ids=ids, cache=memory.clone()).logits
 
 
 @pytest.mark.parametrize("how", ADAPTERS)
@@ -185,7 +185,7 @@ def test_merged_model_goes_on_from_the_memory_of_its_adapter(tmp_path, how):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     memory = MelodiCache(model.config)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=memory)
+        model(input_ids=ids, cache=memory)
     memory.save(file, model=model)
     new = draw(2, 5)
     wanted = continued(memory, model, new)
@@ -211,7 +211,7 @@ def test_memory_of_a_model_without_its_head_has_the_same_weights(tmp_path):
     model, file = build("melodi", tie_word_embeddings=False), tmp_path / "memory"
     memory = MelodiCache(model.config)
     with torch.no_grad():
-        model(draw(2, DOCUMENT), past_key_values=memory)
+        model(draw(2, DOCUMENT), cache=memory)
     memory.save(file, model=model)
     MelodiCache.load(file, model=model.model)
     memory.save(file, model=model.model)
@@ -231,7 +231,7 @@ def test_files_written_before_adapters_were_merged_still_load(tmp_path, monkeypa
     model, file = adapted("LoRA"), tmp_path / "memory"
     memory = MelodiCache(model.config)
     with torch.no_grad():
-        model(input_ids=draw(2, DOCUMENT), past_key_values=memory)
+        model(input_ids=draw(2, DOCUMENT), cache=memory)
     with monkeypatch.context() as patch:
         patch.setattr(memory_file, "weights_sample", as_before)
         memory.save(file, model=model)

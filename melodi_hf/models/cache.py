@@ -469,8 +469,8 @@ def _refuse_freed_graph(memory):
     """A graph that an earlier backward went through cannot be continued."""
     if any(_is_freed(tensor.grad_fn) for tensor in memory):
         raise ValueError(
-            f"past_key_values holds the graph of a call whose backward has freed it: call "
-            f"past_key_values.detach_() after each backward; {CARRY}"
+            f"the cache holds the graph of a call whose backward has freed it: call "
+            f"cache.detach_() after each backward; {CARRY}"
         )
 
 
