@@ -34,7 +34,7 @@ from typing import NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be looked up
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.floor import write  # sets threads up before torch
+from benchmarks.parts.floor import write  # before torch
 
 import torch  # isort: skip
 

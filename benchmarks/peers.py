@@ -4,7 +4,7 @@
         [--limit 180] [--threads 1] [--device cpu] [--output benchmarks/results/peers.json] [--tiny]
     python benchmarks/peers.py --size paper --device cuda
 
-One row is read; `benchmarks/peer_models.py` tells how the models are matched.
+One row is read; `benchmarks/parts/peer_models.py` tells how the models are matched.
 
 Prefill gives the last logits only. Each peer reads in the way that is fastest for it: in pieces of
 the length that took least in a trial beforehand, Llama also in one call, for which torch has a
@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from benchmarks.floor import Machine, in_a_process_of_its_own, write  # sets threads up before torch
-from benchmarks.peer_models import (
+from benchmarks.parts.floor import Machine, in_a_process_of_its_own, write  # before torch
+from benchmarks.parts.peer_models import (
     LENGTHS,
     PEERS,
     Reader,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.floor import write  # sets threads up before torch
+from benchmarks.parts.floor import write  # before torch
 
 import torch  # isort: skip
 from tqdm import tqdm

@@ -18,10 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import training.parts.threads  # noqa: F401  # before torch
 
 PART = 3000  # tokens that the source gives at once; no multiple of a window
 SMALL = {

@@ -5,7 +5,7 @@
 
 The floor is the time that a phase must take: its FLOPs (pairs that see each other) over the rate of
 matrix products, or its bytes over the rate of reading as many (`melodi_hf.models.costs`,
-`benchmarks/floor.py`). Rates are measured before and after each measurement, rounds alternate
+`benchmarks/parts/floor.py`). Rates are measured before and after each measurement, rounds alternate
 between the phases, and medians are reported. The queue is full, so that nothing is saved by its
 being empty.
 
@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.floor import Machine, in_a_process_of_its_own, write  # sets threads up before torch
+from benchmarks.parts.floor import Machine, in_a_process_of_its_own, write  # before torch
 
 import torch  # isort: skip
 from tqdm import tqdm

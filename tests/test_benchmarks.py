@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import peer_models, peers, plots, speed
-from benchmarks.floor import Machine, in_a_process_of_its_own
+from benchmarks import peers, plots, speed
+from benchmarks.parts import peer_models
+from benchmarks.parts.floor import Machine, in_a_process_of_its_own
 from melodi_hf import MelodiCache
 from melodi_hf.evaluation.tables import tables
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import compare
-import compare_speed
 import pytest
 import train
 import yaml
-from excerpts import Asked, prepare_excerpts, spread
-from fairness import check_fair
-from recipe import load_recipe, recipes_of, split_name
+from parts import compare_speed
+from parts.excerpts import Asked, prepare_excerpts, spread
+from parts.fairness import check_fair
+from parts.recipe import load_recipe, recipes_of, split_name
 
 from melodi_hf.data.segments import Segments
 from melodi_hf.evaluation.comparison import comparison_tables

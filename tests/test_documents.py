@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from documents import check_documents, own_tokenizer, prepare
-from recipe import check_files, load_recipe
+from parts.documents import check_documents, own_tokenizer, prepare
+from parts.recipe import check_files, load_recipe
 
 from melodi_hf.data.text import Document, standard_library_documents
 from melodi_hf.data.tokens import train_tokenizer

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 from costs import chip_hours, renewed, run_flops
-from recipe import load_recipe, recipes_of
+from parts.recipe import load_recipe, recipes_of
 
 from melodi_hf.models.costs import training_flops
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from recipe import check_files, load_recipe, recipes_of, run_name
+from parts.recipe import check_files, load_recipe, recipes_of, run_name
 from transformers import AutoModelForCausalLM
 
 from melodi_hf.data.text import Document
@@ -156,7 +156,7 @@ def test_documents_of_c4_are_tested_on_its_validation_split(monkeypatch):
         asked.append((given["name"], given["config_name"], given["split"]))
         return iter([Document("a", "text")])
 
-    monkeypatch.setattr("recipe.read_documents", read_documents)
+    monkeypatch.setattr("parts.recipe.read_documents", read_documents)
     for source in ("allenai/c4", "emozilla/pg19"):
         recipe = load_recipe(QUICKSTART, [f"data.source={source}", "data.subset=en"])
         for split in ("train", "validation", "test"):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from recipe import load_recipe, recipes_of
+from parts.recipe import load_recipe, recipes_of
 from transformers import CONFIG_MAPPING
 
 from melodi_hf.evaluation import systems

@@ -28,13 +28,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+import parts.threads  # noqa: F401  # before torch
 
-from compare_speed import measure_speed
-from excerpts import TOKENIZER, TRAIN, Asked, prepare_excerpts
-from fairness import check_fair
-from recipe import Recipe, check_files, load_recipe, recipes_of, split_name
+# isort: split
+
+from parts.compare_speed import measure_speed
+from parts.excerpts import TOKENIZER, TRAIN, Asked, prepare_excerpts
+from parts.fairness import check_fair
+from parts.recipe import Recipe, check_files, load_recipe, recipes_of, split_name
 from record import RESULTS, check_output, is_finished, of_record, write_json
 from tqdm import tqdm
 

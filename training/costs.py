@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from recipe import Recipe, load_recipe, recipes_of, split_name
+from parts.recipe import Recipe, load_recipe, recipes_of, split_name
 from transformers import PreTrainedConfig
 
 from melodi_hf.evaluation.tables import markdown_table, renew_blocks

@@ -8,15 +8,15 @@ Without --data it reads those sources of Python's standard library that are held
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+import parts.threads  # noqa: F401  # before torch
 
-from documents import describe
+# isort: split
+
+from parts.documents import describe
 from record import environment, write_json
 
 from melodi_hf.data.prepared import prepare_documents

@@ -7,13 +7,13 @@ output as it comes, and what reading took to standard error.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+import parts.threads  # noqa: F401  # before torch
+
+# isort: split
 
 import torch
 from transformers import TextStreamer

@@ -9,15 +9,15 @@ shows the mean over the seeds and the lowest and highest of them; of one seed, 9
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+import parts.threads  # noqa: F401  # before torch
+
+# isort: split
 
 import numpy as np
 import torch

@@ -11,14 +11,14 @@ long-term memory is looked up instead. Plots are written beside the output.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+import parts.threads  # noqa: F401  # before torch
+
+# isort: split
 
 import numpy as np
 from record import environment, write_json

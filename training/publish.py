@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+import parts.threads  # noqa: F401  # before torch
+
+# isort: split
 
 import load_back
 import torch

@@ -25,7 +25,7 @@ except ImportError:  # on Windows, where folders cannot be held
     fcntl = None  # type: ignore[assignment]
 
 import torch
-from recipe import Recipe, is_on_hub
+from parts.recipe import Recipe, is_on_hub
 from transformers import AutoModelForCausalLM
 
 from melodi_hf.checkpoints import checkpoints, last_whole_checkpoint, refuse_other_processes

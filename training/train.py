@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Threads that wait soon give their core away: beside another program, spinning costs tenfold.
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+import parts.threads  # noqa: F401  # before torch
+
+# isort: split
 
 import torch
-from documents import check_documents, own_tokenizer, prepare
-from recipe import Recipe, check_files, load_recipe, run_name
+from parts.documents import check_documents, own_tokenizer, prepare
+from parts.recipe import Recipe, check_files, load_recipe, run_name
 from record import (
     RECIPE,
     RESULTS,

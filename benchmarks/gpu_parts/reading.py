@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import peers as peers_script
 from benchmarks import speed
-from benchmarks.floor import Machine
+from benchmarks.parts.floor import Machine
 from melodi_hf import MelodiCache
 from melodi_hf.models.costs import forward_flops
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipe import Recipe
 from record import is_first_process, write_json
 from transformers import PreTrainedTokenizerBase
 
 from melodi_hf.data.prepared import Prepared, prepare_documents
 from melodi_hf.data.report import Report
 from melodi_hf.data.tokens import train_tokenizer
+from parts.recipe import Recipe
 
 DOCUMENTS = "documents.json"
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from recipe import Recipe
 from record import environment
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from parts.recipe import Recipe
 
 STEPS = 2  # of training, in a round
 DECODED = 64  # tokens, in a round

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from recipe import Recipe
 from transformers import AutoModelForCausalLM
 
 from melodi_hf.evaluation.comparison import TOLERANCE
+from parts.recipe import Recipe
 
 EQUAL = ("data", "tokenizer", "training", "evaluation")  # sections of a recipe
 
