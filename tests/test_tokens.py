@@ -3,6 +3,7 @@
 import io
 import warnings
 
+import datasets
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -299,6 +300,60 @@ def test_documents_without_ids_are_left_out_and_told(tmp_path, trained):
         encode_documents([blank], tokenizer)
     with pytest.raises(ValueError, match="no documents to encode; give"):
         encode_documents([], trained)
+
+
+def test_texts_and_rows_are_documents_too(trained):
+    texts = ["a river", "the sea"]
+    expected = encode_documents([Document(str(i), text) for i, text in enumerate(texts)], trained)
+    rows = datasets.Dataset.from_dict({"url": ["0", "1"], "text": texts})
+    renamed = rows.rename_column("text", "body")
+    for given, options in (
+        (texts, {}),
+        (iter(texts), {}),
+        ([{"text": text} for text in texts], {}),
+        (rows, {}),
+        (rows.to_iterable_dataset(), {}),
+        (renamed, {"text_field": "body"}),
+    ):
+        found = encode_documents(given, trained, progress=False, **options)
+        assert [each.id for each in found] == ["0", "1"]
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one.ids, other.ids)
+    with pytest.raises(ValueError, match=r"no documents to encode .*2 without the field 'text'"):
+        encode_documents(renamed, trained)
+    own = train_tokenizer(texts, 300, progress=False).backend_tokenizer.to_str()
+    assert own == train_tokenizer(rows, 300, progress=False).backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a river", "documents is of type str: give an iterable of texts"),
+        (b"a river", "documents is of type bytes: give an iterable"),
+        (7, "documents is of type int: give an iterable"),
+        (None, "documents is of type NoneType: give an iterable"),
+        (datasets.DatasetDict({}), "documents is of type DatasetDict: give an iterable"),
+        ([7], "document 0 is of type int: give an iterable"),
+        (["a", ("id", "text")], "document 1 is of type tuple: give an iterable"),
+        (["\ud800"], r"1 left out: 1 not UTF-8 \(document 0\)"),
+        ([Document("a", "a\udcff")], r"1 left out: 1 not UTF-8 \(document 'a'\)"),
+        ([Document("a", None)], r"1 with a text that is no string \(document 'a'\)"),
+        ([{"text": b"bytes"}], r"1 with a text that is no string \(document 0\)"),
+        ([""], r"1 empty \(document 0\)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_document_is_a_value_error(trained, given, message):
+    with pytest.raises(ValueError, match=message):
+        encode_documents(given, trained, progress=False)
+    with pytest.raises(ValueError, match=message):
+        train_tokenizer(given, 300, progress=False)
+
+
+def test_halves_of_characters_are_left_out_and_told(trained):
+    with pytest.warns(UserWarning, match=r"1 left out: 1 not UTF-8 \(document 1\)"):
+        (found,) = encode_documents(["a river", "\ud800"], trained, progress=False)
+    assert trained.decode(found.ids) == "a river"
 
 
 def test_only_the_beginning_of_a_large_corpus_trains_a_tokenizer(trained, monkeypatch):

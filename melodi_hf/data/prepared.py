@@ -121,9 +121,15 @@ def prepare_documents(
     the tokenizer is written in Python, whose changes could not be noticed, documents are prepared
     in a temporary folder, for this process alone.
 
-    Raises ValueError for a source without documents, and OSError for a folder that cannot be
-    written to or a disk that is full; what is written by then is gone on with the next time.
+    Raises ValueError for a source without documents and for what is no source, and OSError for a
+    folder that cannot be written to or a disk that is full; what is written by then is gone on with
+    the next time.
     """
+    if not isinstance(source, Source):
+        raise ValueError(
+            f"source is of type {type(source).__name__}: give what read_documents returns, or "
+            "encode texts that are in memory by encode_documents"
+        )
     if isinstance(source.origin, HubDataset):
         source = replace(source, origin=source.origin.at_its_revision())
     key = key_of(source, tokenizer)

@@ -278,6 +278,11 @@ def load_dataset(name: str, config_name: str | None = None, **options):
         ) from error
     try:
         return datasets.load_dataset(name, config_name, **options)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"the dataset {name} cannot be read from the Hub ({error}): connect to the network, or "
+            "read files of this machine (read_documents(files), or data.source=files in a recipe)"
+        ) from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise

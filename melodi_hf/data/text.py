@@ -8,7 +8,7 @@ stopped at.
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,7 +170,8 @@ def read_documents(
         )
     check_limits(limit, min_tokens)
     if files is not None:
-        origin = Files(find_files(files), str(files))
+        named = [files] if isinstance(files, str | Path) else files
+        origin = Files(find_files(files), ", ".join(map(str, named)))
         return Source(origin, text_field, split, limit, min_tokens)
     if split is None:
         raise ValueError(
@@ -201,6 +202,34 @@ def document_of(row: Row, number: int, text_field: str, report: Report) -> Docum
         return None
     names = (fields[field] for field in ID_FIELDS if fields.get(field) is not None)
     return Document(str(next(names, number)), text)
+
+
+def as_documents(
+    given: Iterable[Document | str | Mapping[str, Any]], report: Report, text_field: str = "text"
+) -> Iterator[Document]:
+    """Read documents, texts, and rows of fields, such as those of a `datasets.Dataset`, alike.
+
+    A text without an id is named by its index. Empty texts, and those that are no string or no
+    UTF-8, are left out and counted in the report.
+
+    Raises ValueError for anything else.
+    """
+    allowed = "give an iterable of texts, of Documents or of rows, such as a datasets.Dataset"
+    # Iterating over a text gives characters; over a dictionary, such as a DatasetDict, its keys.
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"documents is of type {type(given).__name__}: {allowed}")
+    for index, each in enumerate(given):
+        if isinstance(each, Document):
+            fields, place = {"id": each.id, text_field: each.text}, f"document {each.id!r}"
+        elif isinstance(each, str):
+            fields, place = {text_field: each}, f"document {index}"
+        elif isinstance(each, Mapping):
+            fields, place = dict(each), f"document {index}"
+        else:
+            raise ValueError(f"document {index} is of type {type(each).__name__}: {allowed}")
+        document = document_of(Row(index + 1, place, fields), index, text_field, report)
+        if document is not None:
+            yield document
 
 
 def trouble_of(text: Any) -> str:

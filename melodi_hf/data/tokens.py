@@ -11,7 +11,7 @@ A SentencePiece model merges whatever makes the piece of the lowest id, leftmost
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from melodi_hf.data.report import Report
-from melodi_hf.data.text import Document
+from melodi_hf.data.text import Document, as_documents
 
 END = "</s>"
 PAD = "<pad>"
@@ -258,10 +258,11 @@ def read_varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def train_tokenizer(
-    documents: Iterable[Document], vocab_size: int, progress: bool = True
+    documents: Iterable[Document | str | Mapping[str, Any]], vocab_size: int, progress: bool = True
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE, which gives every text back unchanged.
 
+    documents: as of `encode_documents`.
     vocab_size: the most entries it may have, the two special tokens (`</s>` = 0, also bos, and
         `<pad>` = 1) and the 256 bytes among them; a small corpus gives fewer.
 
@@ -285,11 +286,14 @@ def train_tokenizer(
         initial_alphabet=sorted(alphabet),
         show_progress=progress,
     )
-    texts = first_texts(documents)
+    report = Report()
+    texts = first_texts(as_documents(documents, report))
     first = next(texts, None)
     if first is None:
-        raise ValueError("a tokenizer cannot be trained on no documents; give at least one")
+        found = f" ({report})" if report else ""
+        raise ValueError(f"a tokenizer cannot be trained on no documents{found}; give at least one")
     tokenizer.train_from_iterator(prepend(first, texts), trainer)
+    report.warn()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END,
@@ -319,10 +323,11 @@ def prepend(first: str, others: Iterator[str]) -> Iterator[str]:
 
 
 def encode_documents(
-    documents: Iterable[Document],
+    documents: Iterable[Document | str | Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     progress: bool = True,
     report: Report | None = None,
+    text_field: str = "text",
 ) -> list[EncodedDocument]:
     """Encode whole documents, several at once; no special tokens are added.
 
@@ -330,14 +335,17 @@ def encode_documents(
     the characters it is made of. A bar with tokens per second appears when it takes long. For more
     than fits into memory, or to do it only once, there is `prepare_documents`.
 
-    report: counts documents that give no ids and are left out; without one they are warned of.
+    documents: `Document`s, texts, or rows of fields such as those of a `datasets.Dataset`.
+    report: counts documents that are left out, since they are empty, no string, no UTF-8 or give no
+        ids; without one they are warned of.
+    text_field: the field of a row that holds the text.
 
-    Raises ValueError for no documents.
+    Raises ValueError for no documents, and for what is none.
     """
     encode = batch_encoder(tokenizer)
     noted = Report() if report is None else report
     encoded: list[EncodedDocument] = []
-    waiting = iter(documents)
+    waiting = as_documents(documents, noted, text_field)
     with encoding_bar(progress) as bar:
         while batch := take_batch(waiting, len_of=lambda document: len(document.text)):
             for document, ids in zip(batch, encode([text for _, text in batch]), strict=True):
