@@ -5,13 +5,13 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from melodi_hf.evaluation import WORD_PERPLEXITY
 from melodi_hf.evaluation.perplexity import measures
 
-FOLDER = Path(__file__).parents[1] / "melodi_hf" / "evaluation" / "word_perplexity"
+FOLDER = WORD_PERPLEXITY
 NLL, WORDS = [5210.3, 8711.9, 100.5], [1012, 1705, 20]
 
 # In a process of its own: here `evaluate` is training/evaluate.py.

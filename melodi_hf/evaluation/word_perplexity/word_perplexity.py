@@ -1,6 +1,6 @@
 """Perplexity per word of a corpus, as a metric of Hugging Face's `evaluate`.
 
-    metric = evaluate.load("melodi_hf/evaluation/word_perplexity")  # from a clone of the repository
+    metric = evaluate.load(melodi_hf.evaluation.WORD_PERPLEXITY)  # the folder of this file
     metric.add_batch(nll=[5210.3, 8711.9], words=[1012, 1705])  # a number for each document
     metric.compute()  # {"word_perplexity": 168.02...}
 
