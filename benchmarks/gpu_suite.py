@@ -40,6 +40,7 @@ import torch  # isort: skip
 
 from benchmarks.gpu_parts import attention, correctness, decoding, reading, training, waiting
 from benchmarks.gpu_parts.bench import FULL, TINY, Bench, OutOfTime
+from melodi_hf.evaluation.command_line import output_file, positive_float, print_device
 
 ROOT = Path(__file__).resolve().parents[1]
 RESERVE = 30  # seconds of the limit, for imports and for writing the results
@@ -197,7 +198,7 @@ def shown(value):
 
 def go_on(args, bench, rest):
     """In a new process in place of this one, which gives back all that it held."""
-    left = max(0.0, bench.end - time.perf_counter()) / 60
+    left = max(0.01, bench.end - time.perf_counter()) / 60
     command = [sys.executable, str(Path(__file__).resolve()), "--go-on"]
     command += ["--minutes", str(left), "--output", str(args.output.resolve())]
     command += ["--tiny"] if args.tiny else []
@@ -210,16 +211,19 @@ def main(arguments=None):
     """Returns the exit status: 1 if a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = ROOT / "benchmarks" / "results" / "gpu_suite.json"
-    parser.add_argument("--output", type=Path, default=default, metavar="FILE")
-    parser.add_argument("--minutes", type=float, default=9, help="in which all of it ends")
+    parser.add_argument("--output", type=output_file, default=str(default), metavar="FILE")
+    parser.add_argument("--minutes", type=positive_float, default=9, help="in which all of it ends")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     names = [part.function.__name__ for part in PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART")
     parser.add_argument("--go-on", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if not (args.tiny or args.go_on or torch.cuda.is_available()):
+        parser.error("torch finds no GPU: add --tiny to see on a CPU that everything runs")
     torch.set_float32_matmul_precision("highest")  # no TF32
     reserve = 0 if args.tiny or args.go_on else RESERVE
     bench = Bench(TINY if args.tiny else FULL, args.minutes * 60 - reserve)
+    print_device(bench.device, bench.sizes.matmul_dtype)
     if args.go_on:
         bench.results = json.loads(args.output.read_text())
     parts = [part for part in PARTS if part.function.__name__ in args.parts]

@@ -31,6 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from melodi_hf.checkpoints import last_whole_checkpoint, step_of
+from melodi_hf.evaluation.command_line import non_negative_int, output_file, print_device
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 60
@@ -324,11 +325,14 @@ def try_scenario(name, seed, bar):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the moments")
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks/results/kill_and_resume.json"
+        "--output",
+        type=output_file,
+        default=str(ROOT / "benchmarks/results/kill_and_resume.json"),
     )
     args = parser.parse_args(arguments)
+    print_device("cpu", "float32")
     kills = sum(len(scenario.moments) for scenario in SCENARIOS.values())
     with tqdm(total=kills, desc="kills", unit="kill") as bar, ThreadPoolExecutor() as pool:
         work = [pool.submit(try_scenario, name, args.seed, bar) for name in SCENARIOS]

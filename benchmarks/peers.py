@@ -43,6 +43,13 @@ from benchmarks.parts.peer_models import (
     parameters,
     recorded,
 )
+from melodi_hf.evaluation.command_line import (
+    device_name,
+    output_file,
+    positive_float,
+    positive_int,
+    print_device,
+)
 
 # What runs in processes of their own.
 
@@ -227,12 +234,14 @@ class Run:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=["small", "paper"], default="small")
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[3, 3, 1], help="by length")
-    parser.add_argument("--limit", type=float, default=180, help="seconds of one prefill")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU seconds; else wall")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/peers.json"))
+    parser.add_argument("--lengths", type=positive_int, nargs="+", help="tokens")
+    parser.add_argument(
+        "--rounds", type=positive_int, nargs="+", default=[3, 3, 1], help="by length"
+    )
+    parser.add_argument("--limit", type=positive_float, default=180, help="seconds of one prefill")
+    parser.add_argument("--device", type=device_name, default="cpu")
+    parser.add_argument("--threads", type=positive_int, default=1, help="1: CPU seconds; else wall")
+    parser.add_argument("--output", type=output_file, default="benchmarks/results/peers.json")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -242,6 +251,8 @@ def main():
         return
     args.size = "tiny" if args.tiny else args.size
     args.lengths = args.lengths or LENGTHS[args.size]
+    machine = Machine(args.device, args.threads, args.tiny)
+    print_device(machine.device, machine.dtype)
     print(json.dumps(Run(args).all()["rows"], indent=1))
 
 

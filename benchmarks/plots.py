@@ -8,11 +8,24 @@ white and on black; both axes are logarithmic.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from melodi_hf.evaluation.command_line import (
+    FAILURES,
+    one_line,
+    output_folder,
+    read_object,
+    require_packages,
+)
+
+if __name__ == "__main__":
+    try:
+        require_packages("train", "matplotlib")
+    except ImportError as error:
+        sys.exit(f"plots.py: {error}")
 
 from matplotlib import rc_context
 from matplotlib.ticker import LogLocator
@@ -97,10 +110,16 @@ def plot_peers(result, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/peers.json"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/figures"))
+    parser.add_argument("--output", type=output_folder, default="benchmarks/figures")
     args = parser.parse_args()
-    for path in plot_peers(json.loads(args.results.read_text()), args.output):
-        print(path)
+    try:
+        result = read_object(args.results, "rows")
+        if not all({"model", "tokens"} <= row.keys() for row in result["rows"]):
+            raise ValueError(f"{args.results} is not of peers.py: name the JSON that it wrote")
+        for path in plot_peers(result, args.output):
+            print(path)
+    except FAILURES as error:
+        parser.error(one_line(error))
 
 
 if __name__ == "__main__":

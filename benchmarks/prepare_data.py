@@ -24,6 +24,7 @@ from read_million import peak_bytes
 
 from melodi_hf.data import Segments, load_tokenizer, prepare_documents, read_documents
 from melodi_hf.data.prepared import FOLDER
+from melodi_hf.evaluation.command_line import output_file, positive_int, print_device
 
 PREPARE, OPEN, READ = "prepare", "open again", "open again and read every segment"
 READING = {"segment_length": 4096, "num_rows": 8}
@@ -78,13 +79,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", help="documents, as in a recipe")
     parser.add_argument("--tokenizer", required=True, help="a folder, or a name on the Hub")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/prepare_data.json"))
+    parser.add_argument("--rounds", type=positive_int, default=2)
+    parser.add_argument(
+        "--output", type=output_file, default="benchmarks/results/prepare_data.json"
+    )
     parser.add_argument("--do", choices=[PREPARE, OPEN, READ], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.do:
         print(json.dumps(measure(args.do, args.files, args.tokenizer)))
         return
+    print_device("cpu", "text and ids")
     measured = {PREPARE: [], OPEN: [], READ: []}
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:

@@ -29,6 +29,7 @@ from melodi_hf import (
     TransformerXLConfig,
     TransformerXLForCausalLM,
 )
+from melodi_hf.evaluation.command_line import output_file, positive_int, print_device
 
 ROWS = 8
 SIZES = {
@@ -118,10 +119,11 @@ def compare(model, lengths, side, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/ragged.json"))
+    parser.add_argument("--rounds", type=positive_int, default=7)
+    parser.add_argument("--output", type=output_file, default="benchmarks/results/ragged.json")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     args = parser.parse_args()
+    print_device("cpu", torch.float32)
     torch.manual_seed(0)
     sizes = SIZES | ({"window_length": 16, "num_hidden_layers": 3} if args.tiny else {})
     models = {

@@ -40,6 +40,7 @@ from transformers.cache_utils import StaticCache
 
 from benchmarks.read_million import SMALL, drawn
 from melodi_hf import MelodiCache, MelodiConfig, MelodiForCausalLM
+from melodi_hf.evaluation.command_line import device_name, output_file, positive_int, print_device
 from melodi_hf.models.costs import closing_flops, decoding_bytes, forward_flops, training_flops
 from melodi_hf.models.decoder import Memory
 from melodi_hf.models.generation import CompiledSteps
@@ -410,9 +411,9 @@ def measure_all(args, machine):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=["reference", "paper"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU seconds; else wall")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed.json"))
+    parser.add_argument("--device", type=device_name, default="cpu")
+    parser.add_argument("--threads", type=positive_int, default=1, help="1: CPU seconds; else wall")
+    parser.add_argument("--output", type=output_file, default="benchmarks/results/speed.json")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -420,7 +421,9 @@ def main():
     if args.child:
         print(json.dumps(peak_of_training(json.loads(args.child))))
         return
-    result = measure_all(args, Machine(args.device, args.threads, args.tiny))
+    machine = Machine(args.device, args.threads, args.tiny)
+    print_device(machine.device, machine.dtype)
+    result = measure_all(args, machine)
     print(json.dumps({"rows": result["rows"]} | result["tables"], indent=1))
 
 

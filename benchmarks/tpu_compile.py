@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from melodi_hf import MelodiConfig, MelodiForCausalLM, TransformerXLConfig, TransformerXLForCausalLM
+from melodi_hf.evaluation.command_line import output_file, positive_int, print_device
 from melodi_hf.models.ragged import make_plan
 from melodi_hf.tpu import make_loop_plan
 
@@ -71,11 +72,12 @@ def measure(model, windows, way):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--windows", type=int, nargs="+", default=[8, 16, 64])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tpu_compile.json"))
+    parser.add_argument("--windows", type=positive_int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--output", type=output_file, default="benchmarks/results/tpu_compile.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch_xla.device()  # before anything is differentiated, or autograd does not know it
+    print_device(device, torch.float32)
     models = {
         "MELODI": MelodiForCausalLM(MelodiConfig(**SIZES, **MELODI)),
         "Transformer-XL": TransformerXLForCausalLM(TransformerXLConfig(**SIZES)),

@@ -35,6 +35,7 @@ from melodi_hf import (
     TransformerXLConfig,
     TransformerXLForCausalLM,
 )
+from melodi_hf.evaluation.command_line import device_name, output_file, positive_int, print_device
 
 CLASSES = {
     "MELODI": (MelodiConfig, MelodiForCausalLM),
@@ -157,13 +158,14 @@ def measure(case, rounds, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/wavefront.json"))
+    parser.add_argument("--rounds", type=positive_int, default=7)
+    parser.add_argument("--output", type=output_file, default="benchmarks/results/wavefront.json")
     parser.add_argument("--size", nargs="+", choices=CASES, default=["cells", "reference"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     args = parser.parse_args()
     machine = Machine(args.device)
+    print_device(machine.device, machine.dtype)
     sizes = ["tiny"] if args.tiny else args.size
     cases = [case for size in sizes for case in CASES[size]]
     rows = [measure(case, args.rounds, machine) for case in tqdm(cases, desc="cases", unit="case")]

@@ -29,5 +29,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(TRAINING))
     from train import main
 
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # those of the file for accelerate
     pretend_that_processors_are_devices()
     main()

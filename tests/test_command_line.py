@@ -71,6 +71,7 @@ def test_options_are_these():
         "--output",
         "--resume",
         "--set",
+        "--train-only",
     ]
     assert re.search(r"positional arguments:\s+recipe ", text)
 
@@ -125,7 +126,7 @@ def test_row_of_a_table_runs_into_a_folder_of_its_own(tiny, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     changes = [change for change in tiny[1:-2] if "training.steps" not in change]
     main([f"{table}:shorter", *changes])
-    ((recipe, name, output, _, _),) = ran
+    ((recipe, name, output, *_),) = ran
     assert (recipe.training.steps, name) == (3, "table_shorter")
     assert output == Path("runs/table_shorter")
 

@@ -411,7 +411,6 @@ def test_the_queue_is_shown_by_a_command(folder, tmp_path):
     [
         (["--probe", "passkey", "--distances", "5"], "different numbers with the same ids"),
         (["--probe", "recall", "--size", "99"], "lower the size"),
-        (["--probe", "copy", "--distances", "-3"], "a distance is 0 tokens or more"),
         (["--probe", "passkey", "--size", "1"], "2 to 18 digits"),
         (["--probe", "repeat", "--size", "9"], "its cue"),
         (["--probe", "repeat", "--distances", "99999999"], "a shorter distance"),

@@ -1,13 +1,14 @@
 """A recipe says everything that a run depends on, and nothing that nobody reads."""
 
 import json
+import re
 from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from parts.recipe import check_files, load_recipe, recipes_of, run_name
+from parts.recipe import check_files, load_recipe, recipes_of, run_name, without_expectation
 from transformers import AutoModelForCausalLM
 
 from melodi_hf.data.text import Document
@@ -78,9 +79,14 @@ def test_unknown_keys_are_refused_with_a_remedy(change, message):
         ("training.weight_decay=-1", "it should be 0 or more"),
         ("training.learning_rate=.nan", "it should be 0 or more"),
         ("training.optimizer=sgd", "allowed are adamw, adafactor"),
-        ("training.log_every=100000", "nothing would be logged"),
+        ("training.log_every=100000", "nothing would be logged; add --set training.log_every=N"),
+        ("training.seed=4294967296", "4294967296: it should be 4294967295 or less"),
         ("training.steps=[", "is not YAML"),
-        ("model.type=mamba3", "model.type is 'mamba3'"),
+        ("model.type=mamba3", "model.type is 'mamba3': allowed are plain_transformer, transf"),
+        ("model.type=meloddi", "did you mean 'melodi'"),
+        ("model.type=llama", "model.type is 'llama': allowed are"),
+        ("model.type=null", "model.type is None: allowed are"),
+        ("model.type=[melodi]", "model.type is .'melodi'.: did you mean 'melodi'"),
         ("model.window_length=0", "window_length is 0"),
         ("model.hidden_size=wide", "hidden_size"),
         ("data.segment_length=100", "not a multiple of model.window_length, 64: take 64"),
@@ -90,6 +96,32 @@ def test_unknown_keys_are_refused_with_a_remedy(change, message):
 def test_wrong_values_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(QUICKSTART, [change])
+
+
+@pytest.mark.parametrize("steps", [1, 5, 9, 10, 11])
+def test_a_short_run_is_logged_at_its_end(steps):
+    recipe = load_recipe(QUICKSTART, [f"training.steps={steps}"])
+    assert (recipe.training.steps, recipe.training.log_every) == (steps, min(10, steps))
+    with pytest.raises(ValueError, match="nothing would be logged"):
+        load_recipe(QUICKSTART, [f"training.steps={steps}", "training.log_every=12"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ([], True),
+        (["data.files=a.txt", "data.test_files=[b.txt]"], True),
+        (["tokenizer.path=a/b"], True),
+        (["training.steps=5", "expect.perplexity=99"], True),
+        (["training.steps=5"], False),
+        (["training.seed = 1"], False),
+        (["data.files=a.txt", "evaluation.max_documents=1"], False),
+    ],
+    ids=str,
+)
+def test_a_changed_recipe_is_not_expected_to_reach_its_number(changes, kept):
+    recipe = load_recipe(QUICKSTART, changes)
+    assert (without_expectation(recipe, changes).expect == recipe.expect) is kept
 
 
 def test_set_reads_values_as_yaml():
@@ -127,6 +159,30 @@ def test_key_given_twice_is_refused(tmp_path):
 def test_recipe_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="there is no recipe"):
         load_recipe("configuration/missing.yaml")
+
+
+@pytest.mark.parametrize("missing", ["missing.yaml", "configuration/quickstat.yaml", "gpu_1.yaml"])
+@pytest.mark.parametrize("folder", [".", "training"])
+def test_only_recipes_are_offered_wherever_one_stands(missing, folder, monkeypatch):
+    monkeypatch.chdir(ROOT / folder)
+    with pytest.raises(ValueError, match=r"there is no recipe .*; there are ") as error:
+        load_recipe(missing)
+    names = re.findall(r"[\w./]+\.yaml", str(error.value).partition("; there are ")[2])
+    assert names
+    for name in names:
+        assert recipes_of(Path(name)), "a recipe or a table"
+    if "quickstat" in missing:
+        assert names[0].endswith("configuration/quickstart.yaml")
+
+
+def test_files_that_are_no_recipes_are_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: \xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.yaml is not UTF-8 .*: save it as UTF-8"):
+        load_recipe(path)
+    gpu = ROOT / "configuration" / "accelerate" / "gpu_1.yaml"
+    with pytest.raises(ValueError, match=r"gpu_1\.yaml has no key 'compute_environment'"):
+        load_recipe(gpu)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,19 @@ from parts.recipe import Recipe, check_files, load_recipe, recipes_of, split_nam
 from record import RESULTS, check_output, is_finished, of_record, write_json
 from tqdm import tqdm
 
+from melodi_hf.evaluation.command_line import (
+    FAILURES,
+    choose_device,
+    one_line,
+    output_file,
+    output_folder,
+    positive_int,
+    print_device,
+    require_packages,
+    seed_number,
+)
+from melodi_hf.evaluation.tables import measurements_table
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
 LOG = "log.txt"  # of a run, in its folder
@@ -71,18 +84,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--test", nargs="+", default=[], metavar="NAME=FILE", help="what is scored")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/<table>")
-    parser.add_argument("--record", type=Path, metavar="DIR", help="where the JSON is kept")
+    parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0], metavar="N")
+    parser.add_argument("--jobs", type=positive_int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--output", type=output_folder, metavar="DIR", help="default: runs/<table>")
     parser.add_argument(
-        "--characters", type=int, default=16_000, metavar="N", help="read of each document"
+        "--record", type=output_folder, metavar="DIR", help="where the JSON is kept"
     )
     parser.add_argument(
-        "--limit", type=int, default=30, metavar="N", help="test documents of each name"
+        "--characters", type=positive_int, default=16_000, metavar="N", help="read of each document"
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, default=30, metavar="N", help="test documents of each name"
     )
     parser.add_argument("--speed", action="store_true", help="measure tokens per second instead")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of --speed")
+    parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="of --speed")
     return parser
 
 
@@ -90,21 +105,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     try:
+        require_packages("train", "accelerate", "matplotlib")
+        device = choose_device()
         recipes = rows_of(options)
         check_fair(recipes)
         chosen = choose(options.rows, recipes)
         if options.speed:
             kept = options.record or ROOT / "benchmarks" / "results"
-            kept.mkdir(parents=True, exist_ok=True)
+            file = output_file(str(kept / f"{options.table.stem}.json"))
+            print_device("cpu", "float32")
             measured = measure_speed({row: recipes[row] for row in chosen}, options.rounds)
-            write_json(kept / f"{options.table.stem}.json", measured)
+            write_json(file, measured)
+            print(measurements_table(measured["rows"]))
             return
         output = options.output or Path("runs") / options.table.stem
+        results = ROOT / "model_cards" / "results"
+        kept = output_folder(str(options.record or results / options.table.stem))
         excerpts, runs = prepare_runs(options, chosen, recipes, output.resolve())
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    kept = options.record or ROOT / "model_cards" / "results" / options.table.stem
-    kept.mkdir(parents=True, exist_ok=True)
+    except FAILURES as error:
+        parser.error(one_line(error))
+    threads = int(os.environ.get("OMP_NUM_THREADS", 1))  # as `start` sets it
+    print_device(device, next(iter(recipes.values())).training.precision, threads)
     failed = run_all(runs, options.jobs, kept, excerpts)
     if failed:
         sys.exit(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(map(str, failed))}")

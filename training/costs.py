@@ -17,6 +17,7 @@ from pathlib import Path
 from parts.recipe import Recipe, load_recipe, recipes_of, split_name
 from transformers import PreTrainedConfig
 
+from melodi_hf.evaluation.command_line import FAILURES, one_line
 from melodi_hf.evaluation.tables import markdown_table, renew_blocks
 from melodi_hf.models.costs import forward_flops, training_flops
 
@@ -106,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             for name, table in tables_of_the_paper().items():
                 print(name, table, sep="\n\n", end="\n\n")
-    except ValueError as error:
-        parser.error(str(error))
+    except FAILURES as error:
+        parser.error(one_line(error))
 
 
 if __name__ == "__main__":

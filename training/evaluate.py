@@ -21,6 +21,13 @@ from record import environment, write_json
 
 from melodi_hf.data.prepared import prepare_documents
 from melodi_hf.data.text import Source, read_documents, standard_library_documents
+from melodi_hf.evaluation.command_line import (
+    FAILURES,
+    one_line,
+    output_file,
+    positive_int,
+    print_device,
+)
 from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
 from melodi_hf.evaluation.perplexity import (
     READERS,
@@ -36,8 +43,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", help="a folder that training/train.py left, or a name on the Hub")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="documents, as in a recipe")
     parser.add_argument("--tokenizer", help="if it is not in the model's folder")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the JSON")
-    parser.add_argument("--limit-documents", type=int, metavar="N", help="only the first N")
+    parser.add_argument(
+        "--output", type=output_file, metavar="FILE", help="where to write the JSON"
+    )
+    parser.add_argument(
+        "--limit-documents", type=positive_int, metavar="N", help="only the first N"
+    )
     parser.add_argument(
         "--settings",
         nargs="+",
@@ -45,8 +56,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=["carried", "emptied"],
         help=f"{', '.join(READERS)}, queue_N (N windows are kept), or all that differ",
     )
-    parser.add_argument("--segment-windows", type=int, default=8, help="windows in one forward")
-    parser.add_argument("--num-rows", type=int, default=8, help="documents side by side")
+    parser.add_argument(
+        "--segment-windows", type=positive_int, default=8, help="windows in one forward"
+    )
+    parser.add_argument("--num-rows", type=positive_int, default=8, help="documents side by side")
     return parser.parse_args(arguments)
 
 
@@ -59,6 +72,7 @@ def source(options: argparse.Namespace) -> Source:
 
 def evaluate(options: argparse.Namespace) -> None:
     model = load_model(options.model)
+    print_device(model.device, model.dtype)
     tokenizer = load_its_tokenizer(model, options.tokenizer or options.model)
     settings = settings_of(model) if options.settings == ["all"] else options.settings
     check_settings(settings, model)  # before the documents are prepared, which takes long
@@ -91,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
         evaluate(options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    except FAILURES as error:
+        sys.exit(f"evaluate.py: {one_line(error)}")
 
 
 if __name__ == "__main__":

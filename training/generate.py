@@ -18,6 +18,16 @@ import parts.threads  # noqa: F401  # before torch
 import torch
 from transformers import TextStreamer
 
+from melodi_hf.evaluation.command_line import (
+    FAILURES,
+    one_line,
+    positive_float,
+    positive_int,
+    print_device,
+    probability,
+    read_text,
+    seed_number,
+)
 from melodi_hf.evaluation.continuation import continue_text
 from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
 
@@ -28,11 +38,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="the text to continue (default: standard input)")
     prompt.add_argument("--prompt-file", type=Path, help="a file of the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--sample", action="store_true", help="draw tokens; else the likeliest")
-    parser.add_argument("--temperature", type=float, help="with --sample")
-    parser.add_argument("--top-p", type=float, help="with --sample")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=100)
+    parser.add_argument("--sample", action="store_true", help="sample (default: greedy)")
+    parser.add_argument("--temperature", type=positive_float, help="with --sample")
+    parser.add_argument("--top-p", type=probability, help="with --sample")
+    parser.add_argument("--seed", type=seed_number, default=0)
     options = parser.parse_args(arguments)
     if not options.sample and (options.temperature is not None or options.top_p is not None):
         parser.error("--temperature and --top-p change how tokens are drawn: they need --sample")
@@ -41,8 +51,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def read_prompt(options: argparse.Namespace) -> str:
     if options.prompt_file is not None:
-        return options.prompt_file.read_text(encoding="utf-8")
-    return sys.stdin.read() if options.prompt is None else options.prompt
+        return read_text(options.prompt_file)
+    if options.prompt is not None:
+        return options.prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 ({error}): convert it to UTF-8") from error
 
 
 def sampling(options: argparse.Namespace) -> dict[str, float | bool]:
@@ -54,6 +69,7 @@ def sampling(options: argparse.Namespace) -> dict[str, float | bool]:
 def generate(options: argparse.Namespace) -> None:
     text = read_prompt(options)
     model = load_model(options.model)
+    print_device(model.device, model.dtype)
     tokenizer = load_its_tokenizer(model, options.model)
     torch.manual_seed(options.seed)
     _, info = continue_text(
@@ -77,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
         generate(options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"generate.py: {error}")
+    except FAILURES as error:
+        sys.exit(f"generate.py: {one_line(error)}")
 
 
 if __name__ == "__main__":

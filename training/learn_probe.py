@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import parts.threads  # noqa: F401  # before torch
@@ -30,6 +29,17 @@ from melodi_hf import (
     MelodiForCausalLM,
     TransformerXLConfig,
     TransformerXLForCausalLM,
+)
+from melodi_hf.evaluation.command_line import (
+    FAILURES,
+    non_negative_int,
+    one_line,
+    output_file,
+    positive_float,
+    positive_int,
+    print_device,
+    require_packages,
+    seed_number,
 )
 from melodi_hf.evaluation.probe_plots import plot_by_distance
 from melodi_hf.evaluation.probes import MAKERS, OF_TEXT, Material, make_examples
@@ -72,19 +82,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Small models learn a probe.")
     of_ids = sorted(MAKERS.keys() - set(OF_TEXT))
     parser.add_argument("--probe", choices=of_ids, default="copy")
-    parser.add_argument("--size", type=int, default=8, metavar="N", help="symbols or pairs")
-    parser.add_argument("--vocab-size", type=int, default=18, metavar="N")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--train-distances", nargs="+", type=int, default=[0, 16, 48])
     parser.add_argument(
-        "--distances", nargs="+", type=int, default=[0, 16, 32, 64, 96, 128, 192, 256, 384]
+        "--size", type=positive_int, default=8, metavar="N", help="symbols or pairs"
     )
-    parser.add_argument("--examples", type=int, default=48, metavar="N", help="of each distance")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--num-rows", type=int, default=32, help="examples in one step")
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the JSON")
+    parser.add_argument("--vocab-size", type=positive_int, default=18, metavar="N")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--train-distances", nargs="+", type=non_negative_int, default=[0, 16, 48])
+    parser.add_argument(
+        "--distances",
+        nargs="+",
+        type=non_negative_int,
+        default=[0, 16, 32, 64, 96, 128, 192, 256, 384],
+    )
+    parser.add_argument(
+        "--examples", type=positive_int, default=48, metavar="N", help="of each distance"
+    )
+    parser.add_argument("--steps", type=positive_int, default=300)
+    parser.add_argument("--num-rows", type=positive_int, default=32, help="examples in one step")
+    parser.add_argument("--learning-rate", type=positive_float, default=5e-3)
+    parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0, 1])
+    parser.add_argument(
+        "--output", type=output_file, metavar="FILE", help="where to write the JSON"
+    )
     return parser.parse_args(arguments)
 
 
@@ -173,6 +192,7 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def compare(options: argparse.Namespace) -> None:
     given = {name: x for name, x in vars(options).items() if name != "output"}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.models}
+    print_device("cpu", torch.float32)
     for seed in options.seeds:
         for name in options.models:
             results[name].append(run(name, options, seed))
@@ -180,7 +200,6 @@ def compare(options: argparse.Namespace) -> None:
     for name, rows in lines.items():
         print(f"{name:>16}", *(f"{row['distance']}: {row['accuracy']:.2f} " for row in rows))
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         sizes = {"sizes": SIZES, "melodi": MELODI}
         write_json(options.output, {**given, **sizes, "models": results, **environment()})
         queue = MELODI["long_memory_windows"] * WINDOW
@@ -189,10 +208,13 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     try:
-        compare(parse(arguments))
-    except (OSError, ValueError) as error:
-        sys.exit(f"learn_probe.py: {error}")
+        if options.output is not None:
+            require_packages("train", "matplotlib")
+        compare(options)
+    except FAILURES as error:
+        sys.exit(f"learn_probe.py: {one_line(error)}")
 
 
 if __name__ == "__main__":

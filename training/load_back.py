@@ -6,9 +6,11 @@ writes the logits of some fixed tokens to the file LOGITS. `publish.py` runs thi
 about to upload.
 """
 
+import argparse
 import sys
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -26,6 +28,7 @@ def read(model: PreTrainedModel) -> torch.Tensor:
 
 
 def main(folder: str, logits: str) -> None:
+    """Read with the model of a folder; its logits go to the file `logits`."""
     sys.modules["melodi_hf"] = None  # type: ignore[assignment]  # importing it raises
     AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -33,4 +36,10 @@ def main(folder: str, logits: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description="Load a model without this package, and read.")
+    parser.add_argument("folder", help="a folder that publish.py gathered, or a name on the Hub")
+    parser.add_argument("logits", help="the file to write")
+    try:
+        main(**vars(parser.parse_args()))
+    except (OSError, ValueError, SafetensorError) as error:
+        sys.exit(f"load_back.py: {error}")

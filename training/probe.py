@@ -6,14 +6,15 @@
     python training/probe.py runs/quickstart --queue --books books.jsonl.gz --output queue.json
 
 Probes are made of the documents given by --books, or of those sources of Python's standard library
-that are held out of training; recall and copy are made of ids alone. --queue shows where MELODI's
-long-term memory is looked up instead. Plots are written beside the output.
+that are held out of training; recall and copy are made of ids alone. --queue prints instead where
+MELODI's long-term memory is looked up, a row for each head: columns of ages say how many times an
+even spread of attention the entries of that age (in windows) get; `queue_attention` defines the
+others. Plots are written beside the output.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import parts.threads  # noqa: F401  # before torch
@@ -26,13 +27,23 @@ from transformers import PreTrainedModel
 
 from melodi_hf.data.text import Document, read_documents, standard_library_documents
 from melodi_hf.data.tokens import batch_encoder, encode_documents
+from melodi_hf.evaluation.command_line import (
+    FAILURES,
+    non_negative_int,
+    one_line,
+    output_file,
+    positive_int,
+    print_device,
+    require_packages,
+    seed_number,
+)
 from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
 from melodi_hf.evaluation.probe_files import read_examples
 from melodi_hf.evaluation.probe_plots import plot_by_distance, plot_queue
 from melodi_hf.evaluation.probes import MAKERS, OF_TEXT, Example, Material, make_examples
 from melodi_hf.evaluation.probing import evaluate_probe
 from melodi_hf.evaluation.queue_attention import queue_attention
-from melodi_hf.evaluation.tables import markdown_table
+from melodi_hf.evaluation.tables import markdown_table, queue_table
 
 DISTANCES = (1024, 4096, 16384)
 COLUMNS = ("distance", "examples", "accuracy", "low", "high", "chance", "control_accuracy", "gain")
@@ -42,18 +53,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a model remembers, by distance.")
     parser.add_argument("model", help="a folder that training/train.py left, or a name on the Hub")
     parser.add_argument("--probe", nargs="+", choices=MAKERS, default=list(OF_TEXT))
-    parser.add_argument("--distances", nargs="+", type=int, metavar="TOKENS")
-    parser.add_argument("--examples", type=int, default=20, metavar="N", help="of each distance")
-    parser.add_argument("--size", type=int, metavar="N", help="digits, tokens, pairs or symbols")
+    parser.add_argument("--distances", nargs="+", type=non_negative_int, metavar="TOKENS")
+    parser.add_argument(
+        "--examples", type=positive_int, default=20, metavar="N", help="of each distance"
+    )
+    parser.add_argument(
+        "--size", type=positive_int, metavar="N", help="digits, tokens, pairs or symbols"
+    )
     parser.add_argument("--files", nargs="+", metavar="FILE", help="read probes from files instead")
     parser.add_argument("--books", nargs="+", metavar="FILE", help="documents, as in a recipe")
     parser.add_argument("--tokenizer", help="if it is not in the model's folder")
     parser.add_argument("--queue", action="store_true", help="attention to the queue, no probes")
-    parser.add_argument("--read-tokens", type=int, default=50_000, metavar="N", help="for --queue")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the JSON")
-    parser.add_argument("--segment-windows", type=int, default=8, help="windows in one forward")
-    parser.add_argument("--num-rows", type=int, default=8, help="texts side by side")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--read-tokens", type=positive_int, default=50_000, metavar="N", help="for --queue"
+    )
+    parser.add_argument(
+        "--output", type=output_file, metavar="FILE", help="where to write the JSON"
+    )
+    parser.add_argument(
+        "--segment-windows", type=positive_int, default=8, help="windows in one forward"
+    )
+    parser.add_argument("--num-rows", type=positive_int, default=8, help="texts side by side")
+    parser.add_argument("--seed", type=seed_number, default=0)
     return parser.parse_args(arguments)
 
 
@@ -114,6 +135,7 @@ def queue(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]
     ids = ids_of_documents(tokenizer, documents_of(options))[: options.read_tokens - 1]
     ids = np.concatenate([[tokenizer.eos_token_id], ids])
     measured = queue_attention(model, ids, segment_windows=options.segment_windows)
+    print(f"\n{queue_table(measured)}\n")
     if options.output is not None:
         plot_queue(measured, options.output)
     return {"queue": measured}
@@ -122,15 +144,18 @@ def queue(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
+        if options.output is not None:
+            require_packages("train", "matplotlib")
         model = load_model(options.model)
+        print_device(model.device, model.dtype)
         measured = (queue if options.queue else probe)(options, model)
         if options.output is not None:
             window = {"window_length": model.config.window_length}
             write_json(
                 options.output, {"model": options.model, **window, **measured, **environment()}
             )
-    except (OSError, ValueError) as error:
-        sys.exit(f"probe.py: {error}")
+    except FAILURES as error:
+        sys.exit(f"probe.py: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ anything uploaded.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ import parts.threads  # noqa: F401  # before torch
 import load_back
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from record import RESULTS, of_record
 from safetensors.torch import load_file
@@ -32,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from melodi_hf.evaluation.cards import PLOT, write_card
+from melodi_hf.evaluation.command_line import FAILURES, one_line, print_device, read_object
 from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
 
 TOLERANCE = 1e-6  # of a logit
@@ -58,6 +58,7 @@ def publish(options: argparse.Namespace) -> None:
         check_login(api)
     disable_progress_bar()  # those of loading and saving; the others stay
     model = load_model(str(options.model)).cpu()
+    print_device(model.device, model.dtype)
     tokenizer = load_its_tokenizer(model, options.tokenizer or str(options.model))
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
@@ -112,7 +113,7 @@ def gather(
     tokenizer.save_pretrained(folder)
     original, results = options.model, None
     if (original / RESULTS).is_file():
-        results = of_record(json.loads((original / RESULTS).read_text(encoding="utf-8")))
+        results = of_record(read_object(original / RESULTS, "recipe", "continuation"))
         if (original / PLOT).is_file():
             shutil.copy(original / PLOT, folder)
     elif (original / CARD).is_file():
@@ -178,8 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
         publish(options)
-    except (HTTPError, OSError, ValueError) as error:
-        sys.exit(f"publish.py: {error}")
+    except FAILURES as error:
+        sys.exit(f"publish.py: {one_line(error)}")
 
 
 if __name__ == "__main__":

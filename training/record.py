@@ -11,9 +11,9 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
+import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,13 @@ from parts.recipe import Recipe, is_on_hub
 from transformers import AutoModelForCausalLM
 
 from melodi_hf.checkpoints import checkpoints, last_whole_checkpoint, refuse_other_processes
+from melodi_hf.evaluation.command_line import (
+    FAILURES,
+    one_line,
+    output_folder,
+    processor,
+    read_object,
+)
 from melodi_hf.evaluation.tables import evaluation_table, position_table
 
 RECIPE, RESULTS = "recipe.json", "results.json"
@@ -43,14 +50,8 @@ def is_finished(output: Path) -> bool:
 
 def check_output(output: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse a folder that cannot be written to, or that holds a run that would be lost."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise ValueError(
-            f"{output} cannot be written to ({error.strerror}): "
-            "choose another folder by --output DIR"
-        ) from error
+    output_folder(str(output))
+    output.mkdir(parents=True, exist_ok=True)
     if resume:
         check_same_recipe(output, recipe)
     elif is_finished(output):
@@ -153,6 +154,7 @@ def needed_bytes(recipe: Recipe, vocab_size: int) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """All of it or nothing: a run that is stopped here leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
@@ -194,14 +196,6 @@ def hardware() -> str:
     return f"{processor()}, {torch.get_num_threads()} threads"
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def of_record(results: dict[str, Any]) -> dict[str, Any]:
     """Results without the folders of one machine and without a passage of the documents."""
     recipe = json.loads(json.dumps(results["recipe"]))
@@ -216,7 +210,7 @@ def of_record(results: dict[str, Any]) -> dict[str, Any]:
 
 def keep(run: Path, cards: Path) -> Path:
     """Write a run's results of record, and its plot beside them."""
-    results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+    results = read_object(run / RESULTS, "name", "recipe", "evaluation", "continuation")
     name = results["name"]
     figures = cards / "figures"
     figures.mkdir(parents=True, exist_ok=True)
@@ -261,7 +255,20 @@ def report(recipe: Recipe, results: dict[str, Any], output: Path) -> None:
     print(f"\n{output} holds the model with its tokenizer and card, {RESULTS} and the plots")
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Keep the results of a finished run.")
     parser.add_argument("run", type=Path, help="the folder that training/train.py left")
-    print(keep(parser.parse_args().run, Path(__file__).resolve().parents[1] / "model_cards"))
+    run = parser.parse_args(arguments).run
+    try:
+        if not is_finished(run):
+            raise ValueError(
+                f"{run} holds no {RESULTS}: name the folder of a run of training/train.py that has "
+                "ended; one that was stopped goes on by --resume"
+            )
+        print(keep(run, Path(__file__).resolve().parents[1] / "model_cards"))
+    except FAILURES as error:
+        sys.exit(f"record.py: {one_line(error)}")
+
+
+if __name__ == "__main__":
+    main()

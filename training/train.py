@@ -2,15 +2,18 @@
 
     python training/train.py configuration/quickstart.yaml
     python training/train.py configuration/quickstart.yaml --set training.seed=1 --output runs/1
+    python training/train.py configuration/quickstart.yaml --set training.steps=5 --train-only
 
 The folder (runs/<recipe>, or --output) then holds the model with its tokenizer and card,
-`results.json` with all that was measured, and plots of it.
+`results.json` with all that was measured, and plots of it. With --train-only it holds the model and
+its last checkpoint; the same command with --resume instead of --train-only measures it.
 """
 
 import argparse
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +25,7 @@ import parts.threads  # noqa: F401  # before torch
 
 import torch
 from parts.documents import check_documents, own_tokenizer, prepare
-from parts.recipe import Recipe, check_files, load_recipe, run_name
+from parts.recipe import Recipe, check_files, load_recipe, run_name, without_expectation
 from record import (
     RECIPE,
     RESULTS,
@@ -46,7 +49,15 @@ from transformers.utils.logging import disable_progress_bar
 from melodi_hf.data.segments import Segments
 from melodi_hf.data.tokens import EncodedDocument, load_tokenizer
 from melodi_hf.evaluation.cards import write_card
+from melodi_hf.evaluation.command_line import (
+    FAILURES,
+    choose_device,
+    one_line,
+    print_device,
+    require_packages,
+)
 from melodi_hf.evaluation.continuation import read_and_continue
+from melodi_hf.evaluation.loading import load
 from melodi_hf.evaluation.perplexity import evaluate_perplexity
 from melodi_hf.evaluation.plots import plot_by_position, plot_loss
 from melodi_hf.tracking import trackers
@@ -65,7 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/<recipe>")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the last complete checkpoint"
+    )
+    parser.add_argument(
+        "--train-only", action="store_true", help="stop before the evaluation and the continuation"
+    )
     return parser
 
 
@@ -75,36 +91,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = run_name(options.recipe)
     output = options.output or Path("runs") / name
     try:
+        require_packages("train", "accelerate", "matplotlib")
+        device = choose_device()
         recipe = load_recipe(options.recipe, options.set)
+        recipe = without_expectation(recipe, options.set)
         check_files(recipe)
         check_output(output, recipe, options.resume)
-        tokenizer = load_tokenizer(recipe.tokenizer.path) if recipe.tokenizer.path else None
+        path = recipe.tokenizer.path
+        tokenizer = load(load_tokenizer, path, "tokenizer") if path else None
         vocab_size = len(tokenizer) if tokenizer else recipe.tokenizer.vocab_size
         check_disk(output, needed_bytes(recipe, vocab_size))
         checkpoint = choose_checkpoint(output) if options.resume else None
         held = hold(output)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    except FAILURES as error:
+        parser.error(one_line(error))
     with held:
         if is_finished(output):
             print(f"{output / RESULTS} is there: the run is finished, nothing is left to resume")
             remove_checkpoints(output)
         else:
-            run(recipe, name, output, tokenizer, checkpoint)
+            print_device(device, recipe.training.precision)
+            run(recipe, name, output, tokenizer, checkpoint, options.train_only)
 
 
-def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, checkpoint: Path | None) -> None:
+def run(
+    recipe: Recipe,
+    name: str,
+    output: Path,
+    tokenizer: Any,
+    checkpoint: Path | None,
+    train_only: bool = False,
+) -> None:
     """From documents, or the checkpoint of a run that was stopped, to a model with its card."""
     start = time.perf_counter()
     disable_progress_bar()  # those of saving; the others stay
     set_seed(recipe.training.seed)
 
-    tokenizer = tokenizer or own_tokenizer(recipe)
-    if is_first_process():
-        write_json(output / RECIPE, recipe.as_dict())
-        tokenizer.save_pretrained(output)
-    train_data, validation_data, test_data = prepare(recipe, tokenizer)
-    check_documents(output, train_data, going_on=checkpoint is not None)
+    try:  # documents and datasets are first read here
+        tokenizer = tokenizer or own_tokenizer(recipe)
+        if is_first_process():
+            write_json(output / RECIPE, recipe.as_dict())
+            tokenizer.save_pretrained(output)
+        train_data, validation_data, test_data = prepare(recipe, tokenizer)
+        check_documents(output, train_data, going_on=checkpoint is not None)
+    except FAILURES as error:
+        sys.exit(f"train.py: {one_line(error)}")
 
     model = AutoModelForCausalLM.from_config(
         recipe.model_config(
@@ -124,6 +155,9 @@ def run(recipe: Recipe, name: str, output: Path, tokenizer: Any, checkpoint: Pat
         return
     model.eval()  # or the passage would be written with dropout
     model.save_pretrained(output)
+    if train_only:
+        print(f"{output} holds the model and its last checkpoint; --resume measures it")
+        return
 
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     evaluation = evaluate_perplexity(

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from melodi_hf.data.text import Document
+from melodi_hf.data.text import EMPTY, Document, trouble_of
 from melodi_hf.data.tokens import encode_documents
 from melodi_hf.models.cache import MelodiCache
 
@@ -28,8 +28,11 @@ def continue_text(
     **options: Any,
 ) -> tuple[str, dict[str, Any]]:
     """Continue a text that is read as a document is in training, from the start token on."""
-    if not text.strip():
+    trouble = trouble_of(text)
+    if trouble == EMPTY:
         raise ValueError("the prompt is empty: there is nothing to continue")
+    if trouble:
+        raise ValueError(f"the prompt is {trouble}: give a str without halves of surrogate pairs")
     (document,) = encode_documents([Document("prompt", text)], tokenizer, progress=False)
     ids = [tokenizer.eos_token_id, *document.ids.tolist()]  # eos begins every document
     new_ids, info = read_and_continue(model, ids, max_new_tokens, **options)

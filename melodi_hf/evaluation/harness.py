@@ -16,14 +16,25 @@ web, and a vocabulary in which their examples fit:
     ... --tasks niah_single_1 --metadata '{"max_seq_lengths": [4096, 8192]}'
 """
 
+import sys
+
 import torch
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import melodi_hf  # noqa: F401  the Auto classes know our models from now on
+from melodi_hf.evaluation.command_line import require_packages
+
+try:
+    require_packages("harness", "lm_eval")
+except ImportError as error:
+    if __name__ == "__main__":
+        sys.exit(f"harness: {error}")
+    raise
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
 
 NO_LIMIT = 10**12  # tokens
 

@@ -4,19 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import melodi_hf  # noqa: F401  the Auto classes know our models from now on
 from melodi_hf.data.tokens import load_tokenizer
+from melodi_hf.evaluation.command_line import choose_device
 
 
 def load_model(name: str) -> PreTrainedModel:
     """The model in evaluation mode, on the GPU if there is one."""
+    device = choose_device()
     model = load(AutoModelForCausalLM.from_pretrained, name, "model")
     if not hasattr(model.config, "window_length"):
         raise ValueError(f"{name} holds a {model.config.model_type} model, which has no windows")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 
 
@@ -37,7 +38,13 @@ def load(loader: Callable[[str], Any], name: str, kind: str) -> Any:
     # Beside other folders it is one that is missing: the Hub need not be asked, which takes long.
     if not folder.is_dir() and (name.count("/") != 1 or folder.parent.is_dir()):
         raise ValueError(f"there is no folder {name}; {remedy}")
+    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        remedy = (
+            "its weights are pickled, which can run code: if you trust them, convert them once by "
+            f"AutoModelForCausalLM.from_pretrained({name!r}, use_safetensors=False)"
+            ".save_pretrained(FOLDER)"
+        )
     try:
         return loader(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name} gives no {kind} ({error}); {remedy}") from error

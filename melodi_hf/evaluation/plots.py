@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from melodi_hf.evaluation.command_line import FAILURES, one_line, output_folder, require_packages
 from melodi_hf.evaluation.variants import (
     Run,
     by_variant,
@@ -334,15 +335,16 @@ def plot_runs(runs: Sequence[Run], folder: Path) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw what the JSON of runs tells.")
     parser.add_argument("results", type=Path, nargs="+", help="JSON of training or evaluation")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR")
     options = parser.parse_args(arguments)
     try:
+        require_packages("train", "matplotlib")
         runs = [read_run(path) for path in options.results]
         options.output.mkdir(parents=True, exist_ok=True)
         alone = len(runs) == 1
         files = plot_run(runs[0], options.output) if alone else plot_runs(runs, options.output)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    except FAILURES as error:
+        parser.error(one_line(error))
     sys.stdout.write("".join(f"{file}\n" for file in files))
 
 

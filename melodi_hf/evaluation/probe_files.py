@@ -35,6 +35,13 @@ from melodi_hf.evaluation.probes import (
 
 OF_BOOKS = ("passkey", "needle", "repeat")
 MAKES_DISTANCE = ("distance", "gap", "length")  # the field of a record that says how far it reaches
+FIELDS = {  # of a record of each task
+    **dict.fromkeys(
+        OF_BOOKS, ("book", "start", "insert_at", "end", "inserted", "control", "question", "answer")
+    ),
+    "mqar": ("ids", "query_positions", "targets", "pairs"),
+    "copy": ("symbols", "gap"),
+}
 
 
 class Record(NamedTuple):
@@ -92,13 +99,24 @@ def kind_of(row: Record) -> tuple[str, int]:
     """The task of a record and its distance."""
     task = row.fields.get("task")
     distance = [row.fields[name] for name in MAKES_DISTANCE if name in row.fields]
-    known = (*OF_BOOKS, "mqar", "copy")
+    known = tuple(FIELDS)
     if task not in known or not distance:
         raise ValueError(
             f"{row.place} is no probe: its task is {task!r}, which should be one of {known}, and "
             f"its fields are {sorted(row.fields)}, of which one should be of {MAKES_DISTANCE}"
         )
-    return task, int(distance[0])
+    missing = [name for name in FIELDS[task] if name not in row.fields]
+    if missing:
+        raise ValueError(
+            f"{row.place} lacks {', '.join(missing)}: a record of {task} has the fields "
+            f"{', '.join(FIELDS[task])}"
+        )
+    try:
+        return task, int(distance[0])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{row.place} has the distance {distance[0]!r}: it must be a whole number"
+        ) from None
 
 
 def examples_of_books(
@@ -126,7 +144,7 @@ def example_of_book(
     prompts = [" ".join((before, fields[fact], gap, question)) for fact in ("inserted", "control")]
     *encoded, gap_ids = encode(material, [*prompts, gap])
     text, control = aligned([np.array(ids) for ids in encoded], material)
-    choices = fields["choices"]
+    choices = fields.get("choices")
     if choices is None:
         answer = continuation(material, question, fields["answer"])
         return Example(asking(text, answer, 0), asking(control, answer, 0)), len(gap_ids)

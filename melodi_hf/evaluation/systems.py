@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 import melodi_hf  # noqa: F401  makes our configurations known to CONFIG_MAPPING
+from melodi_hf.evaluation.command_line import output_file
 from melodi_hf.evaluation.markdown import markdown_table
 from melodi_hf.models.costs import forward_flops, held_bytes
 
@@ -127,8 +128,10 @@ def page() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the page of systems.")
-    parser.add_argument("file", type=Path, help="such as model_cards/systems.md")
-    parser.parse_args(arguments).file.write_text(page(), encoding="utf-8")
+    parser.add_argument("file", type=output_file, help="such as model_cards/systems.md")
+    file = parser.parse_args(arguments).file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

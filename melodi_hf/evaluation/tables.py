@@ -9,13 +9,13 @@
 """
 
 import argparse
-import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from melodi_hf.evaluation.command_line import FAILURES, one_line, read_object, read_text
 from melodi_hf.evaluation.comparison import comparison_tables
 from melodi_hf.evaluation.markdown import (
     Estimate,
@@ -44,7 +44,7 @@ EVALUATION_HEADERS = [
 
 def read_results(paths: Iterable[str | Path]) -> list[Results]:
     """The runs in the order of the paths; one without a name is called like its file."""
-    return [{"name": path.stem} | json.loads(path.read_text()) for path in map(Path, paths)]
+    return [{"name": path.stem} | read_object(path, "evaluation") for path in map(Path, paths)]
 
 
 def results_table(paths: Iterable[str | Path]) -> str:
@@ -163,10 +163,23 @@ def worth(perplexities: Mapping[str, float]) -> float | None:
     return 1 - perplexities["carried"] / perplexities["emptied"]
 
 
+def queue_table(measured: Mapping[str, Any]) -> str:
+    """One row per layer and head of what `queue_attention` measured: its attention to entries of
+    each age against an even spread, its breadth, and the mean share that the gate lets through."""
+    rows = []
+    ages = max((layer["ages"] for layer in measured["layers"]), key=len)
+    for layer in measured["layers"]:
+        heads = zip(layer["ratio"], layer["breadth"], layer["share"], strict=True)
+        for head, (ratios, breadth, share) in enumerate(heads):
+            rows.append([layer["layer"], head, *ratios, breadth, statistics.mean(share)])
+    headers = [f"age {low}" if low == high else f"ages {low} to {high}" for low, high in ages]
+    return markdown_table(["layer", "head", *headers, "breadth", "share of the gate"], rows)
+
+
 def benchmark_tables(path: str | Path) -> dict[str, str]:
     """One row per measurement of a benchmark's JSON, a list of them under "rows"; further lists
     stand by their names under "tables"."""
-    results, name = json.loads(Path(path).read_text()), f"benchmarks/{Path(path).stem}"
+    results, name = read_object(path, "rows"), f"benchmarks/{Path(path).stem}"
     further = results.get("tables", {}).items()
     found = {f"{name}/{key}": measurements_table(rows) for key, rows in further}
     return found | {name: measurements_table(results["rows"])}
@@ -226,9 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--root", type=Path, default=Path(), help="the folder of model_cards/ and benchmarks/"
     )
     options = parser.parse_args(arguments)
-    known = tables(options.root)
-    for file in options.file:
-        file.write_text(renew_blocks(file.read_text(), known))
+    try:
+        known = tables(options.root)
+        renewed = {file: renew_blocks(read_text(file), known) for file in options.file}
+        for file, text in renewed.items():
+            file.write_text(text, encoding="utf-8")
+    except FAILURES as error:
+        parser.error(one_line(error))
 
 
 if __name__ == "__main__":

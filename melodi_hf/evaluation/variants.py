@@ -5,7 +5,6 @@ interval of `intervals.compare`, of the mean over seeds) and over seeds (how far
 differences lie apart). Both are told.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from melodi_hf.evaluation.command_line import read_object
 from melodi_hf.evaluation.intervals import change, compare, refuse_other_documents
 
 
@@ -37,7 +37,12 @@ def read_run(path: str | Path) -> Run:
     """A run from its JSON. Variant and seed stand in it, or in the name of the file or, if that is
     results.json, of its folder: `both-0.json`, `both-0/results.json`."""
     path = Path(path)
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_object(path, "evaluation")
+    if "settings" not in results["evaluation"]:
+        raise ValueError(
+            f"{path} is no run: its evaluation has no settings; name a file of results that "
+            "training/train.py or training/evaluate.py wrote"
+        )
     name = path.resolve().parent.name if path.name == "results.json" else path.stem
     parts = re.fullmatch(r"(?P<variant>.+)-(?P<seed>\d+)", name)
     variant, seed = (parts["variant"], int(parts["seed"])) if parts else (name, None)

@@ -11,6 +11,8 @@ Nothing has a default here but the model's fields: a key that is missing is refu
 unknown, so that the file alone tells what was run. All of it is checked when the file is read,
 before any work is done, and what is wrong raises `ValueError`.
 
+A change of `training.steps` alone lowers `training.log_every` to it, so that short runs are logged.
+
 Experiments that differ in a few keys are rows of a table, another kind of file, and each of them is
 a recipe too, `table.yaml:row`:
 
@@ -18,9 +20,10 @@ a recipe too, `table.yaml:row`:
     rows        the name of each row, and the keys in which it differs: {section.key: value}
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -32,6 +35,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 import melodi_hf  # noqa: F401  (makes our models known to CONFIG_MAPPING)
 from melodi_hf.data.text import Source, read_documents, standard_library_documents
+from melodi_hf.evaluation.command_line import MAX_SEED, read_text
+from melodi_hf.evaluation.systems import read_systems
 
 WITHOUT_TEST_SPLIT = ("allenai/c4",)  # on the Hub; scored on their validation documents
 
@@ -140,6 +145,8 @@ SECTIONS = {
 }
 NAMES = ["model", *SECTIONS]
 BASE, ROWS = "base", "rows"  # the keys of a table
+NAMES_OF_FILES = {"data.files", "data.validation_files", "data.test_files", "tokenizer.path"}
+CONFIGURATION = Path(__file__).resolve().parents[2] / "configuration"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 
 
@@ -165,14 +172,34 @@ def load_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
     given = read_sections(name)
     for change in changes:
         apply_change(given, change)
-    check_keys(given, NAMES, "the recipe")
+    check_keys(given, NAMES, f"the recipe {name}")
     for section, value in given.items():
         if not isinstance(value, dict):
             raise ValueError(f"{section} should be a section with keys of its own, not {value!r}")
     sections = {key: read_section(kind, given[key], key) for key, kind in SECTIONS.items()}
     recipe = Recipe(model=check_model(given["model"]), **sections)
+    keys = changed_keys(changes)
+    if "training.steps" in keys and "training.log_every" not in keys:
+        training = recipe.training
+        log_every = min(training.log_every, training.steps)
+        recipe = replace(recipe, training=replace(training, log_every=log_every))
     check_together(recipe)
     return recipe
+
+
+def changed_keys(changes: Sequence[str]) -> set[str]:
+    return {change.partition("=")[0].strip() for change in changes}
+
+
+def without_expectation(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """The recipe without the number that its file expects, if changes made it another experiment.
+
+    The names of files do not: recipes leave them to their users. Nor does a number of one's own.
+    """
+    keys = changed_keys(changes)
+    if keys <= NAMES_OF_FILES or any(key.startswith("expect.") for key in keys):
+        return recipe
+    return replace(recipe, expect=Expect(None, None))
 
 
 def split_name(name: str | Path) -> tuple[Path, str]:
@@ -227,13 +254,19 @@ def changes_of_row(table: dict[str, Any], file: Path, row: str) -> dict[str, Any
 
 def read_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        known = sorted(map(str, Path("configuration").rglob("*.yaml")))
+        known = known_recipes()
         near = listed(get_close_matches(str(file), known, n=3) or known)
-        raise ValueError(f"there is no recipe {file}" + (f"; there are {near}" if near else ""))
-    given = parse(file.read_text(encoding="utf-8"), str(file))
+        raise ValueError(f"there is no recipe {file}; there are {near}")
+    given = parse(read_text(file), str(file))
     if not isinstance(given, dict):
         raise ValueError(f"{file} should hold sections: {', '.join(NAMES)}")
     return given
+
+
+def known_recipes() -> list[str]:
+    """The recipes and tables of the repository, as seen from here; the shortest paths first."""
+    files = [file for file in CONFIGURATION.rglob("*.yaml") if file.parent.name != "accelerate"]
+    return sorted(map(os.path.relpath, files), key=lambda path: (path.count(os.sep), path))
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
@@ -310,8 +343,11 @@ def fit(value: Any, kind: Any, key: str) -> Any:
 def check_model(given: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse fields that the configuration lacks; it checks their values itself."""
     kind = given.get("type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"model.type is {kind!r}: it should be melodi, transformer_xl or another")
+    known = list(read_systems())
+    if kind not in known:
+        near = get_close_matches(str(kind), known, n=1)
+        remedy = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"model.type is {kind!r}: {remedy}allowed are {', '.join(known)}")
     names = [field.name for field in fields(CONFIG_MAPPING[kind])]
     check_keys(given, ["type", *names], f"model (type {kind})", complete=False)
     make_config(given)
@@ -351,8 +387,11 @@ def check_together(recipe: Recipe) -> None:
     if training.log_every > training.steps:
         raise ValueError(
             f"training.log_every is {training.log_every}, but there are only {training.steps} "
-            "training.steps: nothing would be logged"
+            "training.steps: nothing would be logged; add --set training.log_every=N with N from 1 "
+            f"to {training.steps}"
         )
+    if training.seed > MAX_SEED:
+        raise ValueError(f"training.seed is {training.seed}: it should be {MAX_SEED} or less")
 
 
 def is_on_hub(name: str) -> bool:
