@@ -47,7 +47,7 @@ def read_run(path: str | Path) -> Run:
     parts = re.fullmatch(r"(?P<variant>.+)-(?P<seed>\d+)", name)
     variant, seed = (parts["variant"], int(parts["seed"])) if parts else (name, None)
     return Run(
-        results.get("variant", variant),
+        str(results.get("variant", variant)),
         results.get("seed", seed),
         results["evaluation"],
         results.get("training", {}).get("history", []),
