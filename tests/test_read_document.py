@@ -1,5 +1,6 @@
 """A document is read once, from any source and however it comes in parts, in constant memory."""
 
+import copy
 import gc
 import io
 import json
@@ -97,6 +98,8 @@ SOURCES = {
     "list": lambda ids: ids.tolist(),
     "tuple": lambda ids: tuple(ids.tolist()),
     "array": lambda ids: ids.numpy().astype("uint16"),
+    "single tensors in a list": lambda ids: list(ids),
+    "encoding": lambda ids: {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)},
     "integers": lambda ids: iter(ids.tolist()),
     "integers of numpy": lambda ids: iter(ids.numpy()),
     "single tensors": lambda ids: iter(ids),
@@ -144,6 +147,128 @@ def test_generation_goes_on_from_what_was_read(name):
         ids[:, -1:], attention_mask=mask, cache=cache, max_new_tokens=6, do_sample=False
     )
     assert_equal(found[:, 1:], wanted)
+
+
+# Several documents
+
+
+PADDED = {  # mask of a batch of two rows, 1 at tokens
+    "left": lambda: torch.arange(DOCUMENT) >= torch.tensor([[0], [WINDOW + 3]]),
+    "right": lambda: torch.arange(DOCUMENT) < torch.tensor([[WINDOW + 3], [DOCUMENT]]),
+    "in the middle": lambda: (torch.arange(DOCUMENT) - torch.tensor([[9], [14]])).abs() > 5,
+    "both ends": lambda: (torch.arange(DOCUMENT) - torch.tensor([[9], [14]])).abs() < 5,
+    "none": lambda: torch.ones(2, DOCUMENT, dtype=torch.bool),
+}
+
+
+def assert_rows_are_as_alone(model, cache, documents):
+    """documents: ids T."""
+    assert cache.layers[0].progress.tokens_read.tolist() == [len(ids) for ids in documents]
+    following = draw(len(documents), WINDOW + 2)
+    found = next_logits(model, cache.clone(), following)
+    for row, ids in enumerate(documents):
+        wanted = next_logits(model, model.read_document(ids), following[row : row + 1])
+        assert_near(found[row : row + 1], wanted)
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("padding", PADDED)
+def test_rows_of_a_padded_batch_are_read_as_if_alone(name, padding):
+    model, ids, mask = build(name), draw(2, DOCUMENT), PADDED[padding]()
+    documents = [row[real] for row, real in zip(ids, mask, strict=True)]
+    padded = ids.masked_fill(~mask, 0)
+    for kind in (torch.Tensor.bool, torch.Tensor.long, torch.Tensor.numpy, torch.Tensor.tolist):
+        for length in (5, None):
+            cache = model.read_document(padded, attention_mask=kind(mask), piece_length=length)
+            assert cache.get_seq_length() == DOCUMENT
+        assert_rows_are_as_alone(model, cache, documents)
+    encoding = {"input_ids": padded, "attention_mask": mask.long()}
+    assert_rows_are_as_alone(model, model.read_document(encoding), documents)
+    encoding = {key: value.tolist() for key, value in encoding.items()}
+    assert_rows_are_as_alone(model, model.read_document(encoding), documents)
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("piece_length", [3, 2 * WINDOW, None])
+def test_documents_of_different_lengths_are_read_as_if_alone(name, piece_length):
+    model = build(name)
+    documents = [draw(n) for n in (DOCUMENT, 1, 3 * WINDOW, WINDOW + 3)]
+    kinds = [
+        list(documents),
+        [ids.tolist() for ids in documents],
+        [ids[None] for ids in documents],
+        [documents[0].numpy(), documents[1].tolist(), documents[2].split(5), iter(documents[3])],
+        {"input_ids": [ids.tolist() for ids in documents]},
+        {
+            "input_ids": [[0, *ids.tolist()] for ids in documents],
+            "attention_mask": [[0] + [1] * len(ids) for ids in documents],
+        },
+    ]
+    for source in kinds:
+        cache = model.read_document(source, piece_length=piece_length)
+        assert_rows_are_as_alone(model, cache, documents)
+    more = [draw(n) for n in (2, WINDOW, 0, 3)]
+    model.read_document(more, cache=cache, piece_length=piece_length)
+    whole = [torch.cat(pair) for pair in zip(documents, more, strict=True)]
+    assert_rows_are_as_alone(model, cache, whole)
+
+
+def test_texts_are_several_documents(tokenizer, small_blocks, tmp_path):
+    model = text_model(tokenizer)
+    texts = [TEXT[:900], "quick", TEXT[40:300]]
+    ids = [torch.tensor(ids_read(model, text, tokenizer=tokenizer)) for text in texts]
+    file = tmp_path / "third"
+    file.write_text(texts[2], encoding="utf-8", newline="")
+    for source in (texts, [texts[0], parts_of(texts[1], 2), file]):
+        cache = model.read_document(source, tokenizer=tokenizer, piece_length=50)
+        assert_rows_are_as_alone(model, cache, ids)
+    encoding = tokenizer(texts)
+    ids = [torch.tensor(row) for row in encoding["input_ids"]]
+    assert_rows_are_as_alone(model, model.read_document(encoding), ids)
+    encoding = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    assert_rows_are_as_alone(model, model.read_document(encoding), ids)
+
+
+def test_generation_goes_on_from_a_padded_batch():
+    """The cache has the columns of the batch, so that all ids and their mask go on from it."""
+    model, ids, mask = build("melodi"), draw(2, DOCUMENT), PADDED["right"]().long()
+    whole, question = torch.cat((ids, draw(2, 3)), dim=1), torch.ones(2, 3, dtype=torch.long)
+    how = {"attention_mask": torch.cat((mask, question), dim=1), "max_new_tokens": 5}
+    cache = model.read_document(ids, attention_mask=mask)
+    assert_equal(model.generate(whole, cache=cache, **how), model.generate(whole, **how))
+
+
+def test_several_documents_are_read_in_constant_memory():
+    model, most, alive = build("melodi"), 0, set()
+
+    def parts(parts_left, row):
+        nonlocal most
+        for i in range(parts_left):
+            ids = draw(3 * WINDOW)
+            alive.add((row, i))
+            weakref.finalize(ids, alive.discard, (row, i))
+            yield ids
+            del ids
+            most = max(most, len(alive))
+
+    model.read_document([parts(50, 0), parts(5, 1)], piece_length=WINDOW)
+    assert most <= 6
+
+
+@pytest.mark.parametrize(
+    ("source", "mask", "message"),
+    [
+        (torch.ones(2, 3), torch.ones(2, 4), r"shape \(2, 4\) and the ids \(2, 3\)"),
+        (draw(2, 3), torch.full((2, 3), 0.5), "numbers other than 0 and 1"),
+        (draw(2, 3), torch.tensor([[1, 0, 0], [0, 0, 0]]), "no token in row 1"),
+        ([[1, 2], [3]], [[1, 1], [1]], "no batch of integers"),
+        ("a word", [1], "a str that is no batch of integers"),
+        (iter([1]), [1], "no batch of integers"),
+    ],
+)
+def test_masks_that_do_not_fit(source, mask, message):
+    with pytest.raises(ValueError, match=message):
+        build("melodi").read_document(source, attention_mask=mask)
 
 
 # Text
@@ -229,18 +354,63 @@ def ids_read(model, *args, **kwargs):
 def test_a_text_file_is_read_behind_the_start_token(tokenizer, tmp_path, small_blocks):
     file, model = tmp_path / "book.txt", text_model(tokenizer)
     file.write_text(TEXT, encoding="utf-8", newline="")
-    whole = tokenizer.backend_tokenizer
-    whole.encode_special_tokens = True  # "</s>" in a text is four characters
-    wanted = whole.encode(TEXT, add_special_tokens=False).ids
-    whole.encode_special_tokens = False
-    assert 0 not in wanted
+    wanted = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert wanted[0] != 0
     with file.open(encoding="utf-8", newline="") as lines:
         assert ids_read(model, lines, tokenizer=tokenizer) == [0, *wanted]
-    assert ids_read(model, TEXT, tokenizer=tokenizer) == [0, *wanted]
+    for source in (TEXT, file, [TEXT], [file]):
+        assert ids_read(model, source, tokenizer=tokenizer) == [0, *wanted]
+    file.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())  # a mark of the encoding, which is no text
+    assert ids_read(model, file, tokenizer=tokenizer) == [0, *wanted]
     bare = {"tokenizer": tokenizer, "add_special_tokens": False}
     assert ids_read(model, TEXT, **bare) == wanted
     unstarted = text_model(tokenizer, bos_token_id=None)
     assert ids_read(unstarted, TEXT, tokenizer=tokenizer) == wanted
+
+
+def test_files_that_cannot_be_read(tokenizer, tmp_path):
+    model, file = text_model(tokenizer), tmp_path / "latin.txt"
+    file.write_bytes(TEXT[:80].encode() + b"na\xefve \n")
+    with pytest.raises(ValueError, match=r"latin.txt is not text in UTF-8 .*encoding=\.\.\."):
+        model.read_document(file, tokenizer=tokenizer)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        model.read_document(tmp_path / "nowhere", tokenizer=tokenizer)
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+        model.read_document(tmp_path, tokenizer=tokenizer)
+    file.write_text(TEXT)
+    with pytest.raises(ValueError, match=r"gives text, 'The quick brown.*give tokenizer="):
+        model.read_document(file)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_special_tokens_in_a_text_are_read_as_the_tokenizer_reads_them(
+    tokenizer, small_blocks, split
+):
+    tokenizer, rng = copy.deepcopy(tokenizer), random.Random(0)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<a longer one>"]})
+    tokenizer.split_special_tokens = split
+    model = text_model(tokenizer)
+    words = ["quick", " brown", "\n", " ", "</s>", "<turn>", "<a longer one>", "<", "turn>"]
+    text = "".join(rng.choices(words, k=600))
+    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+    special = {1, len(tokenizer) - 1, len(tokenizer) - 2}
+    assert (len(special & set(wanted)) > 1) is not split
+    for longest in (1, 7, 1000):
+        assert ids_read(model, parts_of(text, longest), tokenizer=tokenizer) == [0, *wanted]
+
+
+def test_a_text_may_bring_its_start_token(tokenizer):
+    start, word = tokenizer.convert_ids_to_tokens(0), "quick"
+    model, wanted = text_model(tokenizer), tokenizer(word, add_special_tokens=False)["input_ids"]
+    assert ids_read(model, start + word, tokenizer=tokenizer) == [0, *wanted]
+    assert ids_read(model, iter([start, word]), tokenizer=tokenizer) == [0, *wanted]
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizer):
+    model = text_model(tokenizer)
+    for source in ("quick \udc80", iter(["quick ", "\ud800", " brown"])):
+        with pytest.raises(ValueError, match=r"after 'quick ', half of a surrogate pair"):
+            model.read_document(source, tokenizer=tokenizer)
 
 
 def test_only_the_beginning_of_a_document_has_a_start_token(tokenizer):
@@ -388,12 +558,21 @@ NOT_DOCUMENTS = {
     "cube": (torch.ones(1, 1, 1, dtype=torch.long), r"shape \(1, 1, 1\)"),
     "list of all kinds": ([1, "a"], "a list that is not one of ids"),
     "fraction in a list": ([1, 2.5], "ids of type torch.float32"),
-    "texts": (["a", "b"], r"a list of str, which could be several documents: .*iter\(source\)"),
-    "lists": ([[1], [2]], "a list of list, which could be several documents"),
+    "texts": (("a", "b"), r"a tuple of str, which could be several .*one list.*iter\(source\)"),
+    "lists": (([1], [2]), "a tuple of list, which could be several documents or one"),
+    "lists in lists": ([[[1], [2]], [3]], "a list of list, which could be several documents"),
+    "texts in lists": ([["a"], ["b"]], "a list of str, which could be several documents"),
+    "an empty document": ([[1], []], "document 1 of the list is empty"),
+    "empty documents": ([[], []], "the document is empty"),
+    "parts of a batch": ([draw(2, 3), draw(2, 1)], r"document 0 of the list has 2 rows: .*iter\("),
+    "no rows": (torch.zeros(0, 3, dtype=torch.long), r"shape \(0, 3\): .*at least 1 row"),
     "bytes": (b"ab", "the source is a bytes, b'ab': give ids"),
     "binary file": (io.BytesIO(b"ab"), "the source gives a bytes, b'ab': .*opened in text mode"),
-    "encoding": ({"input_ids": [1]}, "the source is a dict: give its input_ids"),
-    "path": (Path("book.txt"), r"the path 'book.txt': give an open text file, open\("),
+    "encoding": ({"attention_mask": [1]}, "a dict with attention_mask: it must have input_ids"),
+    "encodings": ([{"input_ids": [1]}], "a document is a dict: give its input_ids"),
+    "name of a file": (__file__, r"may be a path: .*give pathlib.Path\(.*give iter\(\['"),
+    "name of no file": ("book.txt", r"'book.txt', which .*pathlib.Path\('book.txt'\), .* 8 char"),
+    "names of files": (["a.txt", "b.txt"], "the string 'a.txt', which may be a path"),
     "number": (3, "the source is a int, 3: give ids"),
     "none": (None, "the source is a NoneType, None: give ids"),
     "rows that change": (iter([draw(2, 3), draw(3)]), "gives 1 rows after parts of 2"),

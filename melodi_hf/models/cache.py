@@ -10,12 +10,14 @@ counting. A window that was closed since `activate_past_recording()` is kept as 
 """
 
 import copy
+import os
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
@@ -291,6 +293,11 @@ class MelodiCache(DynamicCache):
     layers: list[WindowMemoryLayer]  # type: ignore[assignment] # of all kinds in transformers
 
     def __init__(self, config):
+        if not isinstance(config, PreTrainedConfig) or not hasattr(config, "window_length"):
+            raise ValueError(
+                f"config is a {type(config).__name__}: pass the configuration of a model of this "
+                f"library, MelodiCache(model.config)"
+            )
         super().__init__(config=config)
         self.config_fields = memory_fields(config)  # of the model that the memory belongs to
 
@@ -387,24 +394,43 @@ def memory_bytes(cache) -> int:
     return sum(t.numel() * t.element_size() for t in held)
 
 
+def check_cache(cache, num_layers, name="cache"):
+    """Raise `ValueError` unless `cache` is one that a model of so many layers can write to.
+
+    name: what the user calls it.
+    """
+    if hasattr(cache, "progress"):
+        raise ValueError(
+            f"{name} is a {type(cache).__name__}, the memory of training (from a call with "
+            f"return_memory=True): convert it, MelodiCache.from_memory(memory, model)"
+        )
+    if isinstance(cache, str | os.PathLike):
+        raise ValueError(
+            f"{name} is the path {str(cache)!r}: load the file, "
+            f"MelodiCache.load({str(cache)!r}, model=model)"
+        )
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"{name} is a {type(cache).__name__}: give MelodiCache(model.config), what "
+            f"model.read_document(...) returned, or nothing"
+        )
+    kinds = {type(held).__name__ for held in cache.layers}
+    if cache.layers and (not kinds <= OURS or len(cache.layers) != num_layers):
+        raise ValueError(
+            f"the cache holds {len(cache.layers)} layers ({', '.join(sorted(kinds))}) and "
+            f"this model has {num_layers}: give MelodiCache(model.config), or nothing (prefix "
+            f"tuning cannot write to a memory; prompt tuning can)"
+        )
+
+
 def fetch_memory(cache, layers, x):
     """The memories in a cache and how far its rows have read; an empty cache is given empty ones.
 
     layers: the model's; x: B T D, whose device, type and batch size an empty cache takes.
     """
-    if not isinstance(cache, Cache):
-        raise ValueError(
-            f"cache is a {type(cache).__name__}: give MelodiCache(model.config), or nothing"
-        )
+    check_cache(cache, len(layers))
     if len(cache.layers) == 0:  # DynamicCache() without a config
         cache.layers = [WindowMemoryLayer() for _ in layers]
-    kinds = {type(held).__name__ for held in cache.layers}
-    if not kinds <= OURS or len(cache.layers) != len(layers):
-        raise ValueError(
-            f"the cache holds {len(cache.layers)} layers ({', '.join(sorted(kinds))}) and "
-            f"this model has {len(layers)}: give MelodiCache(model.config), or nothing (prefix "
-            f"tuning cannot write to a memory; prompt tuning can)"
-        )
     if isinstance(cache, MelodiCache):
         refuse_memory_of(cache.config_fields, layers[0].config)
     held_layers = cast(list[WindowMemoryLayer], cache.layers)
