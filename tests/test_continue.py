@@ -1,11 +1,15 @@
 """Going on from a memory: with new ids alone, with all ids, and after rows that ended early."""
 
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LlamaConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from melodi_hf import MelodiCache
+from melodi_hf.models.cache import clone_cache
 
 from .models import (
     DOCUMENT,
@@ -66,24 +70,97 @@ def test_several_questions_about_one_document(name, how):
 
 @pytest.mark.parametrize("name", EACH)
 def test_turns_with_new_ids_alone(name):
-    model, ids, memory = build(name), draw(1, 5), MelodiCache(build(name).config)
-    told = ids[:, :0]
-    for turn in (ids, draw(1, WINDOW), draw(1, 3)):
+    model, memory, said = build(name), MelodiCache(build(name).config), draw(1, 0)
+    for turn in (draw(1, 5), draw(1, WINDOW), draw(1, 3)):
         out = model.continue_from(
             memory, turn, do_sample=False, max_new_tokens=6, return_dict_in_generate=True
         )
-        told = torch.cat((told, turn), dim=1)
-        assert_equal(
-            out.sequences[:, turn.shape[1] :],
-            generate(model, told, max_new_tokens=6)[:, told.shape[1] :],
+        said = torch.cat((said, turn), dim=1)
+        wanted = generate(model, said, max_new_tokens=6)
+        assert_equal(out.sequences[:, turn.shape[1] :], wanted[:, said.shape[1] :])
+        memory, said = out.cache, wanted
+        assert memory.get_seq_length() == said.shape[1]
+
+
+class StopAtSome(StoppingCriteria):
+    """Ends a row at every fourth id."""
+
+    def __call__(self, input_ids, scores, **how):
+        return input_ids[:, -1] % 4 == 0
+
+
+ENDS = list(range(0, VOCABULARY, 4))
+SAMPLING = {"do_sample": True, "num_return_sequences": 2, "top_k": 0}
+BEAMS = {"num_beams": 3, "do_sample": False}
+TURNS = {  # how tokens are chosen, and whether rows end at every fourth id
+    "greedy": ({"do_sample": False}, False),
+    "greedy, rows that end": ({"do_sample": False, "eos_token_id": ENDS}, True),
+    "sampling": (SAMPLING, False),
+    "sampling, rows that end": (SAMPLING | {"eos_token_id": ENDS}, True),
+    "sampling, rows that are stopped": (
+        SAMPLING | {"eos_token_id": 4, "stopping_criteria": StoppingCriteriaList([StopAtSome()])},
+        True,
+    ),
+    "beams": (BEAMS, False),
+    "beams that end": (BEAMS | {"num_return_sequences": 2, "eos_token_id": ENDS}, True),
+    "sampled beams that end": (BEAMS | {"do_sample": True, "eos_token_id": ENDS}, True),
+    "prompt lookup": ({"do_sample": False, "prompt_lookup_num_tokens": 4}, False),
+    "assistant": ({"do_sample": False, "assistant_model": True}, False),
+    "assistant, a row that ends": (
+        {"do_sample": True, "assistant_model": True, "eos_token_id": ENDS},
+        True,
+    ),
+}
+# A static cache takes no token back, which assisted decoding needs.
+SIMPLE = [kind for kind in TURNS if "assistant" not in kind and "lookup" not in kind]
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize(
+    ("kind", "is_static"), [*product(TURNS, [False]), *product(SIMPLE, [True])]
+)
+def test_turn_after_turn_equals_one_long_text(name, kind, is_static):
+    """Each row of the memory has read exactly what its conversation holds, the last token too."""
+    how, ends = TURNS[kind]
+    model, rows, columns = build(name), 2, 0
+    if "assistant" in kind or "lookup" in kind:
+        rows = 1
+    if "assistant" in kind:
+        how = how | {"assistant_model": build(name, seed=1)}
+    if is_static:
+        memory = StaticCache(config=model.config, max_cache_len=9 * WINDOW)
+    else:
+        memory = MelodiCache(model.config)
+    said = [[] for _ in range(rows)]
+    torch.manual_seed(3)
+    for width in (WINDOW + 1, 4):
+        ids = draw(len(said), width)
+        mask = torch.ones_like(ids)
+        mask[1:, :2] = 0
+        out = model.continue_from(
+            memory,
+            ids,
+            attention_mask=mask,
+            max_new_tokens=WINDOW + 1,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+            **how,
         )
-        memory = out.cache
-        # the last token is not read yet: it comes first next time
-        memory_of_all = memory.clone()
+        copies = len(out.sequences) // len(ids)
+        for row, answer in enumerate(out.sequences[:, width:].tolist()):
+            if row % copies == 0:
+                before = said.pop(0) + ids[row // copies, mask[row // copies] == 1].tolist()
+            last = next((i for i, token in enumerate(answer) if ends and token % 4 == 0), WINDOW)
+            said.append(before + answer[: last + 1])
+        memory, columns = out.cache, columns + out.sequences.shape[1]
+        assert memory.get_seq_length() == columns
+        assert memory.layers[0].progress.tokens_read.tolist() == [len(told) for told in said]
+        following = draw(len(said), DOCUMENT)
         with torch.no_grad():
-            model(out.sequences[:, -1:], cache=memory_of_all)
-        memory, told = memory_of_all, torch.cat((told, out.sequences[:, turn.shape[1] :]), dim=1)
-        assert memory.get_seq_length() == told.shape[1]
+            logits = model(following, cache=clone_cache(memory)).logits
+            for told, row, found in zip(said, following, logits, strict=True):
+                alone = torch.cat((torch.tensor(told), row))[None]
+                assert_near(found, model(alone).logits[0, -DOCUMENT:])
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -230,11 +307,68 @@ def test_what_would_give_other_tokens_is_refused(name):
         generate(model, ids, cache=MelodiCache(model.config), use_cache=False)
     with pytest.raises(ValueError, match="assistant_early_exit would share one memory"):
         generate(model, ids, assistant_early_exit=1)
-    for wrong in ([1, 2], ids[0], ids[:, :0]):
+    for wrong in ([1, 2], ids[0], ids[:, :0], ids[:0]):
         with pytest.raises(ValueError, match="give a tensor of ids, rows and columns"):
             model.continue_from(read(model, ids), wrong)
     with pytest.raises(ValueError, match="give the mask of the new ids alone"):
         model.continue_from(read(model, ids), ids, attention_mask=torch.ones(1, 10))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_memory_has_three_names(name):
+    model, ids, question = build(name), draw(1, DOCUMENT), draw(1, 3)
+    memory, how = read(model, ids), {"do_sample": False, "max_new_tokens": NEW}
+    wanted = model.continue_from(memory, question, **how)
+    for key in ("memory", "cache", "past_key_values"):
+        assert_equal(model.continue_from(input_ids=question, **{key: memory}, **how), wanted)
+    for key in ("cache", "past_key_values"):
+        with pytest.raises(ValueError, match="memory is a Tensor and a cache is given, too"):
+            model.continue_from(question, **{key: memory})
+
+
+def test_what_is_no_memory():
+    model, ids = build("melodi"), draw(1, 3)
+    memory = model(ids, return_memory=True).memory
+    other = DynamicCache(config=LlamaConfig(num_hidden_layers=3))
+    cases = [
+        (memory, r"is a Memory, the memory of training .*MelodiCache.from_memory\(memory, model"),
+        ("a/b.bin", r"is the path 'a/b.bin': load the file, MelodiCache.load\('a/b.bin', model="),
+        (Path("b.bin"), "is the path 'b.bin'"),
+        (3, "is a int: give MelodiCache"),
+        (((ids, ids),), "is a tuple: give MelodiCache"),
+        (model, "is a MelodiForCausalLM: give MelodiCache"),
+        (other, r"holds 3 layers \(DynamicLayer\) and this model has 3"),
+        (MelodiCache(build("melodi", num_hidden_layers=2).config), "holds 2 layers .* has 3"),
+    ]
+    calls = [
+        lambda wrong: model.continue_from(wrong, ids),
+        lambda wrong: model.generate(ids, cache=wrong),
+        lambda wrong: model.read_document(ids, cache=wrong),
+        lambda wrong: model(ids, cache=wrong),
+    ]
+    for wrong, message in cases:
+        for call in calls:
+            with pytest.raises(ValueError, match=message):
+                call(wrong)
+    with pytest.raises(ValueError, match=r"memory is None: pass what model\.read_document"):
+        model.continue_from(None, ids)
+    for wrong in (model, None, {}, LlamaConfig()):
+        name = type(wrong).__name__
+        with pytest.raises(ValueError, match=rf"config is a {name}: .*MelodiCache\(model.config\)"):
+            MelodiCache(wrong)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_batch_without_rows(name):
+    model, none = build(name), torch.zeros(0, 5, dtype=torch.long)
+    calls = [
+        model.generate,
+        model.read_document,
+        lambda ids: model.continue_from(read(model, draw(1, 3)), ids),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"\(0, 5\)"):
+            call(none)
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -1,17 +1,22 @@
 """generate() with a memory: what transformers leaves open, and continuing from what was read.
 
-memory = model.read_document(book, tokenizer=tokenizer)     once
-model.continue_from(memory, question, max_new_tokens=50)    as often as you like
+memory = model.read_document(book, tokenizer=tokenizer)                 read once
+answer = model.continue_from(memory, question, max_new_tokens=50)       ask repeatedly
+
+A conversation continues from the memory of the turn before:
+
+turn = model.continue_from(memory, question, return_dict_in_generate=True, max_new_tokens=50)
+turn = model.continue_from(turn.cache, next_question, ...)
 """
 
 import torch
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
-from .cache import NOT_AN_ID, RECENT, UNKNOWN_ID, clone_cache, within_windows
+from .cache import NOT_AN_ID, RECENT, UNKNOWN_ID, check_cache, clone_cache, within_windows
 from .ragged import are_within
 from .reading import read_document
-from .versions import CACHE_NAME, check_cache_has_grown, rename_cache
+from .versions import CACHE_NAME, check_cache_has_grown, choose_cache, rename_cache
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -22,6 +27,8 @@ class MemoryGenerationMixin(GenerationMixin):
     def generate(self, *args, **kwargs):
         """As in transformers; the cache is `cache` or `past_key_values`.
 
+        As in transformers, the cache has not read the last token that was generated.
+
         Ids that continue a memory without repeating what it has read are refused with a
         `ValueError` (transformers would drop some of them): see `continue_from`. A step that did
         not write to the cache raises `RuntimeError`.
@@ -30,40 +37,49 @@ class MemoryGenerationMixin(GenerationMixin):
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         cache = kwargs.get(CACHE_NAME)
         if cache is not None:
+            check_cache(cache, self.config.num_hidden_layers)
             cache.columns_at_last_step = None
+        if isinstance(ids, torch.Tensor) and ids.shape[0] == 0:
+            raise ValueError(f"input_ids have shape {tuple(ids.shape)}: pass at least 1 row")
         refuse_impossible(self, args, kwargs)
         for given in (ids, kwargs.get("inputs_embeds")):
             if isinstance(given, torch.Tensor) and given.shape[:1] == (0,):
                 raise ValueError("the batch has 0 rows: give at least 1")
         if ids is not None and cache is not None and kwargs.get("inputs_embeds") is None:
             refuse_lost_ids(cache, ids, kwargs.get("attention_mask"))
-        if ends_row_by_row(self, args, kwargs):
-            rows = EndedRows(self, args, kwargs)
-            kwargs |= {"stopping_criteria": StoppingCriteriaList([rows]), "ended_rows": rows}
+        kwargs = follow_ended_rows(self, args, kwargs)
         output = super().generate(*args, **kwargs)  # type: ignore[misc]
         if isinstance(output, ModelOutput) and CACHE_NAME == "past_key_values":
             output.cache = output.past_key_values
         return output
 
-    def continue_from(self, memory, input_ids, attention_mask=None, **how):
-        """Generate after what a memory has read, given new ids alone. The memory stays as it was.
+    def continue_from(
+        self,
+        memory=None,
+        input_ids=None,
+        attention_mask=None,
+        *,
+        cache=None,
+        past_key_values=None,
+        **how,
+    ):
+        """Generate from what a memory has read, given new ids only. The memory stays as it was.
 
-        memory: a `MelodiCache` of as many rows as input_ids, or of one, which all rows go on from.
-        input_ids, attention_mask: B T, the new ids and, if rows are padded, where they are real.
-        how: as for `generate`; with `return_dict_in_generate` the result's `cache` is the memory
-            after it all.
+        memory: a `MelodiCache` of as many rows as input_ids, or of one row, from which all rows
+            continue. `cache` and `past_key_values` are other names of it.
+        input_ids, attention_mask: B T, the new ids and, if rows are padded, 0 at padding.
+        how: as for `generate`. With `return_dict_in_generate=True` the result's `cache` is the
+            memory of the next turn: each row has read all of its new ids and all that was generated
+            for it, the last token too. This takes one more call of the model, of one token; with
+            beams, of all new tokens, since the cache of a beam search is not that of the sequences
+            that it returns.
 
         Returns what `generate` returns; sequences begin with input_ids. Raises `ValueError` for
-        ids that are not B T, and whatever `generate` does.
+        a memory that is none, for ids that are not B T, and whatever `generate` does.
         """
+        memory = choose_memory(memory, cache, past_key_values)
+        check_cache(memory, self.config.num_hidden_layers, "memory")
         refuse_no_rows(input_ids)
-        cache, rows = clone_cache(memory), len(input_ids)
-        past = int(cache.get_seq_length())
-        if past and cache.batch_size == 1 < rows:
-            cache.batch_repeat_interleave(rows)
-        copies = max(setting(self, how, "num_beams"), setting(self, how, "num_return_sequences"))
-        if past and copies > 1:
-            cache.batch_repeat_interleave(copies)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if attention_mask.shape != input_ids.shape:
@@ -71,10 +87,28 @@ class MemoryGenerationMixin(GenerationMixin):
                 f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids "
                 f"{tuple(input_ids.shape)}: give the mask of the new ids alone"
             )
-        read = attention_mask.new_ones(rows, past)
-        mask = torch.cat((read, attention_mask), dim=1)
-        how = {"use_cache": True} | how
-        return self.generate(input_ids, attention_mask=mask, cache=cache, **how)
+        rows, past = len(input_ids), int(memory.get_seq_length())
+        num_beams = setting(self, how, "num_beams")
+        copies = max(num_beams, setting(self, how, "num_return_sequences"))
+        mask = torch.cat((attention_mask.new_ones(rows, past), attention_mask), dim=1)
+        how = follow_ended_rows(self, (), {"use_cache": True} | how)
+        cache = repeated(memory, rows, copies)
+        output = self.generate(input_ids, attention_mask=mask, cache=cache, **how)
+        if not isinstance(output, ModelOutput):
+            return output
+        copies = len(output.sequences) // rows
+        is_token = attention_mask.bool().repeat_interleave(copies, dim=0)
+        if num_beams > 1:
+            cache = repeated(memory, rows, copies)
+            is_token = torch.cat((is_token, output.beam_indices >= 0), dim=1)
+        else:
+            columns = output.sequences.shape[1] - input_ids.shape[1]
+            is_token = torch.cat((is_token, is_token.new_ones(len(is_token), columns)), dim=1)
+            if columns and "ended_rows" in how:
+                is_token[:, -1:] = ~how["ended_rows"].before_last(is_token)[:, None]
+        read_rest(self, cache, output.sequences, is_token, past)
+        output[CACHE_NAME] = output.cache = cache
+        return output
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids, next_sequence_length=None, inputs_embeds=None, ended_rows=None, **kwargs
@@ -216,6 +250,46 @@ def refuse_impossible(model, args, kwargs):
         )
 
 
+def choose_memory(memory, cache, past_key_values):
+    """Return the memory that was passed under one of its three names."""
+    given = choose_cache(cache, past_key_values)
+    if memory is not None and given is not None and memory is not given:
+        raise ValueError(
+            f"memory is a {type(memory).__name__} and a cache is given, too: these are two names "
+            f"of the same argument; pass one of them, and new ids as input_ids="
+        )
+    if memory is None and given is None:
+        raise ValueError(
+            "memory is None: pass what model.read_document(...) returned, or call "
+            "model.generate(input_ids, ...), which needs no memory"
+        )
+    return given if memory is None else memory
+
+
+def repeated(memory, rows, copies):
+    """A copy of a memory for `copies` sequences of each of `rows` rows."""
+    cache = clone_cache(memory)
+    held = cache.layers[0].batch_size if cache.layers else 0
+    if held == 1 < rows:
+        cache.batch_repeat_interleave(rows)
+    if held > 0 and copies > 1:
+        cache.batch_repeat_interleave(copies)
+    return cache
+
+
+@torch.no_grad()
+def read_rest(model, cache, sequences, is_token, past):
+    """Read the last columns of `sequences` that a cache has not read.
+
+    is_token: true at tokens, false at padding, of the shape of sequences; past: columns that the
+    cache had read before the first of them.
+    """
+    unread = past + sequences.shape[1] - int(cache.get_seq_length())
+    if unread > 0:
+        mask = is_token[:, -unread:].to(torch.long)
+        model(sequences[:, -unread:], attention_mask=mask, cache=cache, logits_to_keep=1)
+
+
 def refuse_no_rows(input_ids):
     """New ids are rows and columns, at least one of each."""
     is_tensor = isinstance(input_ids, torch.Tensor)
@@ -261,6 +335,14 @@ def setting(model, how, name, args=()):
     config = how.get("generation_config") or (args[1] if len(args) > 1 else None)
     value = how.get(name, getattr(config or model.generation_config, name, None))
     return 1 if value is None and name.startswith("num_") else value
+
+
+def follow_ended_rows(model, args, kwargs):
+    """Return the arguments of generate() with `EndedRows`, if rows may end one by one."""
+    if "ended_rows" in kwargs or not ends_row_by_row(model, args, kwargs):
+        return kwargs
+    rows = EndedRows(model, args, kwargs)
+    return kwargs | {"stopping_criteria": StoppingCriteriaList([rows]), "ended_rows": rows}
 
 
 def ends_row_by_row(model, args, kwargs):
