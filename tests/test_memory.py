@@ -301,5 +301,16 @@ def test_a_detached_cache_cuts_the_graph(name):
     model(draw(1, DOCUMENT), cache=cache)
     held = [tensor for layer in cache.layers for tensor in layer.memory]
     assert any(tensor.requires_grad for tensor in held)
-    held = [tensor for layer in cache.detach_().layers for tensor in layer.memory]
+    with pytest.raises(ValueError, match=r"with a graph .* cache.detach_\(\) .*cache.clone\(\)"):
+        copy.deepcopy(cache)
+    clone, following = cache.clone(), draw(1, 3)
+    held = [
+        tensor
+        for each in (cache.detach_(), clone)
+        for layer in each.layers
+        for tensor in layer.memory
+    ]
     assert not any(tensor.requires_grad for tensor in held)
+    with torch.no_grad():
+        wanted = model(following, cache=copy.deepcopy(cache)).logits
+        assert_equal(model(following, cache=clone).logits, wanted)

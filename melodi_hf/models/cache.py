@@ -26,7 +26,7 @@ from transformers.cache_utils import (
 )
 
 from .memory_file import load_memory_file, memory_fields, refuse_memory_of, save_memory_file
-from .refusals import refuse_foreign_layer
+from .refusals import refuse_dropout, refuse_foreign_layer
 from .tracing import is_traced, is_transformed
 from .windows import Progress, put_rows, widened
 
@@ -134,6 +134,21 @@ class WindowMemoryLayer(CacheLayerMixin):
             names = ("memory", "progress", "recent", "output", "journal")
             held = {name: getattr(self, name) for name in names}
             vars(self).update(tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, held))
+
+    def __deepcopy__(self, memo):
+        def refuse_graph(tensor):
+            if tensor.requires_grad:
+                raise ValueError(
+                    "a cache with a graph cannot be copied by copy.deepcopy: call cache.detach_() "
+                    "first, or cache.clone(), which copies without the graph; to train, pass "
+                    "memory= instead of a cache"
+                )
+            return tensor
+
+        WindowMemoryLayer._for_all_tensors(copy.copy(self), refuse_graph)
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def reset(self):
         if self.memory is not None:
@@ -311,8 +326,12 @@ class MelodiCache(DynamicCache):
 
         Raises `ValueError` for a cache that has read nothing, `OSError` if nothing can be written.
         """
-        first = self.layers[0]
-        extras = None if first.recent is None else {"recent": first.recent, "output": first.output}
+        first, extras = self.layers[0], {}
+        if first.recent is not None:
+            forgotten = {f"forgotten.{kind}": n for kind, n in first.progress.forgotten.items()}
+            extras = {"recent": first.recent, "output": first.output} | forgotten
+            if not first.knows_output:
+                extras["knows_output"] = torch.tensor(False)
         save_memory_file(self, path, dtype=dtype, model=model, extras=extras)
 
     @classmethod
@@ -328,23 +347,73 @@ class MelodiCache(DynamicCache):
         version, or of another model.
         """
         saved = load_memory_file(path, device=device, dtype=dtype, model=model)
+        forgotten = {
+            name.removeprefix("forgotten."): number_of_windows
+            for name, number_of_windows in saved.extras.items()
+            if name.startswith("forgotten.")
+        }
         cache = cls.__new__(cls)
         Cache.__init__(cache, layers=[WindowMemoryLayer() for _ in saved.layers])
         cache.config_fields = saved.config
         for layer, memory in zip(cache.layers, saved.layers, strict=True):
             layer.memory, layer.window_length = memory, saved.config["window_length"]
-            layer.progress = Progress(saved.tokens_read, saved.fill)
+            layer.progress = Progress(saved.tokens_read, saved.fill, forgotten)
             layer.recent, layer.output = saved.extras["recent"], saved.extras["output"]
+            layer.knows_output = bool(saved.extras.get("knows_output", True))
             layer.columns = saved.columns
             layer.is_initialized = True
         return cache
+
+    @classmethod
+    def from_memory(cls, memory, model) -> "MelodiCache":
+        """Convert the memory that training carries, `model(..., return_memory=True).memory`.
+
+        The cache continues exactly where the memory ended, also within a window; it shares no
+        tensor with it and has no graph. It keeps what `to_memory` needs: MELODI's queue and the
+        compressed memory of a Compressive Transformer are held as hidden states, too, beside
+        their keys and values. Ids and positions of padding are not known: columns are counted as
+        the tokens of the row that has most.
+
+        Raises `ValueError` for a memory of another model, and a model with dropout in training
+        mode.
+        """
+        refuse_dropout(model)
+        decoder = model.get_decoder()
+        cache, held = cls(decoder.config), decoder.to_generation(memory)
+        progress = tree_map(
+            lambda t: t.clone() if isinstance(t, Tensor) else t, memory.progress
+        )._replace(within=False)
+        device, rows = progress.tokens_read.device, len(progress.tokens_read)
+        output = torch.zeros(rows, 1, decoder.config.hidden_size, dtype=model.dtype, device=device)
+        columns = int(progress.tokens_read.max())
+        for layer, layer_memory in zip(cache.layers, held, strict=True):
+            layer.begin(layer_memory, decoder.config.window_length, output, device)
+            layer.progress, layer.columns, layer.is_initialized = progress, columns, True
+            layer.knows_output = columns == 0
+        return cache
+
+    def to_memory(self, model):
+        """Convert to the memory that training carries, for `model(..., memory=...)`.
+
+        It continues exactly where the cache ended, shares no tensor with it and has no graph.
+
+        Raises `ValueError` for a cache that has read nothing or belongs to another model; and for
+        one of a system whose training needs hidden states that generation does not keep (MELODI
+        with long-term memory, Compressive Transformer), unless it came from `from_memory`.
+        """
+        first, decoder = self.layers[0], model.get_decoder()
+        if first.memory is None:
+            raise ValueError("the cache has read no token yet: training begins with memory=None")
+        refuse_memory_of(self.config_fields, decoder.config)
+        return decoder.to_training([layer.memory for layer in self.layers], first.progress)
 
     def memory_bytes(self) -> int:
         """Bytes of the memories."""
         return memory_bytes(self)
 
     def clone(self) -> "MelodiCache":
-        """Another one with the same content; what one of them reads the other does not know."""
+        """Another one with the same content and without a graph; what one of them reads the other
+        does not know."""
         return clone_cache(self)
 
     def detach_(self):
@@ -488,7 +557,8 @@ def _refuse_other(cache, layers, x):
             f"with batch_repeat_interleave or batch_select_indices, or begin with an empty cache"
         )
     for i, (held, layer) in enumerate(zip(cache.layers, layers, strict=True)):
-        refuse_foreign_layer(i, held.memory, layer.memory_shapes(for_generation=True), {})
+        free = dict.fromkeys(layer.needed_in_training, 1)
+        refuse_foreign_layer(i, held.memory, layer.memory_shapes(for_generation=True), free)
 
 
 def _refuse_freed_graph(memory):

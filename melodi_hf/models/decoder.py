@@ -69,7 +69,7 @@ from .refusals import (
 )
 from .versions import CACHE_NAME, check_keywords, choose_cache, give_both_cache_names
 from .wavefront import read_diagonally, reads_diagonally
-from .windows import Progress
+from .windows import Progress, widened
 
 
 class Memory(NamedTuple):
@@ -116,6 +116,10 @@ class DecoderLayer(GradientCheckpointingLayer):
     """One layer of a memory architecture. Checkpointing needs tensors as arguments, one by one."""
 
     window_axis: ClassVar[dict[str, int]] = {}  # of the fields that grow with the open window
+    # Of these, the fields that have all their slots as soon as a window is open.
+    filled_at_once: ClassVar[tuple[str, ...]] = ()
+    # The fields that training cannot do without and generation can.
+    needed_in_training: ClassVar[tuple[str, ...]] = ()
     changed_by_closing: ClassVar[tuple[str, ...]] = ()  # the fields that a new window finds changed
     kinds: ClassVar[dict[str, tuple[str, ...]]] = {}  # "short" and "long" -> their fields
     # The kinds that sum up the whole past, in which no window can be told from another.
@@ -130,6 +134,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     own_parts: ClassVar[tuple[str, ...]] = ()
     own_fields: ClassVar[tuple[str, ...]] = ()
 
+    config: DecoderConfig
     memory_type: ClassVar[type]  # the NamedTuple
     attention_map: AttentionMap
 
@@ -203,6 +208,39 @@ class DecoderLayer(GradientCheckpointingLayer):
         wide = torch.promote_types(dtype, torch.float32)
         exact = {name: getattr(memory, name).to(wide) for name in self.kept_in_float32}
         return type(memory)(*(tensor.to(dtype) for tensor in memory))._replace(**exact)
+
+    def to_generation(self, memory):
+        """Convert a memory from the form that training carries to the one that a cache holds.
+
+        Fields that generation can do without are kept, so that `to_training` finds them.
+        """
+        shapes = self.memory_shapes(for_generation=True)
+        held = {name: getattr(memory, name) for name in self.window_axis}
+        return memory._replace(**{n: widened(t, (len(t), *shapes[n])) for n, t in held.items()})
+
+    def to_training(self, memory, fill):
+        """Convert a memory from the form that a cache holds to the one that training carries.
+
+        fill: tokens of the open window, None if the rows differ: then all its slots are kept.
+        """
+        closed, whole = self.memory_shapes(), self.memory_shapes(for_generation=True)
+        for name in self.needed_in_training:
+            if getattr(memory, name).shape[1:] != closed[name]:
+                raise ValueError(
+                    f"the cache holds the long-term memory as keys and values, and training needs "
+                    f"its hidden states ({name!r}), which do not follow from them: read the text "
+                    f"with model(input_ids, memory=memory, return_memory=True), or into a cache "
+                    f"that keeps both, MelodiCache.from_memory(model.get_decoder().empty_memory("
+                    f"{len(memory[0])}), model)"
+                )
+        if fill is None:
+            return memory
+        kept = {}
+        for name, axis in self.window_axis.items():
+            unread = 0 if name in self.filled_at_once else self.config.window_length - fill
+            size = whole[name][axis - 1] - unread if fill else closed[name][axis - 1]
+            kept[name] = getattr(memory, name).narrow(axis, 0, size)
+        return memory._replace(**kept)
 
     def figures(self, memory, windows_read) -> dict[str, Tensor]:
         """Numbers that tell how this layer uses its memory, each a mean over rows.
@@ -312,6 +350,20 @@ class DecoderModel(DecoderPreTrainedModel):
         layers = cast("list[DecoderLayer]", list(self.layers))
         empty = tuple(layer.empty_memory(batch_size, device, dtype) for layer in layers)
         return Memory(empty, Progress(torch.zeros(batch_size, dtype=torch.long, device=device), 0))
+
+    @torch.no_grad()
+    def to_generation(self, memory: Memory) -> tuple[NamedTuple, ...]:
+        """Convert the memory that training carries: what the layers of a cache hold."""
+        rows = len(memory.progress.tokens_read) if hasattr(memory, "progress") else 0
+        refuse_foreign_memory(memory, self.layers, rows)
+        pairs = zip(cast("list[DecoderLayer]", list(self.layers)), memory.layers, strict=True)
+        return tuple(copied(layer.to_generation(held)) for layer, held in pairs)
+
+    def to_training(self, memories, progress: Progress) -> Memory:
+        """Convert what the layers of a cache hold to the memory that training carries."""
+        pairs = zip(cast("list[DecoderLayer]", list(self.layers)), memories, strict=True)
+        layers = tuple(layer.to_training(held, progress.fill) for layer, held in pairs)
+        return copied(Memory(layers, progress._replace(within=False)))
 
     @torch.no_grad()
     def figures(self, memory: Memory) -> dict[str, Tensor]:
@@ -465,7 +517,8 @@ class DecoderModel(DecoderPreTrainedModel):
         if cache is not None and memory is not None:
             raise ValueError(
                 "cache (past_key_values) and memory are both given: they hold the same thing, the "
-                "cache for generation and memory for training; pass one of them"
+                "cache for generation and memory for training; pass one of them "
+                "(MelodiCache.from_memory and to_memory convert them)"
             )
         if cache is not None:
             held = fetch_memory(cache, self.layers, x)
@@ -629,6 +682,17 @@ def detach(memory):
         return leaf.detach().contiguous() if isinstance(leaf, torch.Tensor) else leaf
 
     return tree_map(cut, memory)
+
+
+def copied(memory):
+    """`memory` without its graph and in tensors of its own."""
+
+    def copy(leaf):
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone(memory_format=torch.contiguous_format)
+
+    return tree_map(copy, memory)
 
 
 def restart(memory, rows, empty):

@@ -9,6 +9,8 @@ turn = model.continue_from(memory, question, return_dict_in_generate=True, max_n
 turn = model.continue_from(turn.cache, next_question, ...)
 """
 
+from typing import Any
+
 import torch
 from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
@@ -22,6 +24,7 @@ from .versions import CACHE_NAME, check_cache_has_grown, choose_cache, rename_ca
 class MemoryGenerationMixin(GenerationMixin):
     """GenerationMixin for models whose cache is a memory."""
 
+    config: Any  # that of the model
     read_document = read_document
 
     def generate(self, *args, **kwargs):
@@ -93,8 +96,8 @@ class MemoryGenerationMixin(GenerationMixin):
         mask = torch.cat((attention_mask.new_ones(rows, past), attention_mask), dim=1)
         how = follow_ended_rows(self, (), {"use_cache": True} | how)
         cache = repeated(memory, rows, copies)
-        output = self.generate(input_ids, attention_mask=mask, cache=cache, **how)
-        if not isinstance(output, ModelOutput):
+        output: Any = self.generate(input_ids, attention_mask=mask, cache=cache, **how)
+        if isinstance(output, torch.Tensor):
             return output
         copies = len(output.sequences) // rows
         is_token = attention_mask.bool().repeat_interleave(copies, dim=0)

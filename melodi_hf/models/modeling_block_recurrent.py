@@ -233,6 +233,7 @@ class BlockRecurrentLayer(SlidingWindowLayer):
 
     memory_type = RecurrentMemory
     window_axis = dict.fromkeys(("keys", "values", "state_keys", "state_values"), 2)
+    filled_at_once = ("state_keys", "state_values")
     changed_by_closing = ("keys", "values", "state_vectors")
     kinds = SlidingWindowLayer.kinds | {"long": ("state_vectors", "state_keys", "state_values")}
     summaries_of_the_past = ("long",)

@@ -59,7 +59,7 @@ class CompressiveMemory(NamedTuple):
     their keys and values. The last four belong to the open window, w of whose tokens are read."""
 
     memory: Tensor  # B n_m D, oldest first
-    compressed: Tensor  # B n_cm D, oldest first; no slots in generation
+    compressed: Tensor  # B n_cm D, oldest first; generation needs no slots
     keys: Tensor  # B H M+w K, M = n_cm + n_m in generation and within a call, 0 between others
     values: Tensor  # B H M+w K
     inputs: Tensor  # B w D, the window's hidden states before the layer
@@ -73,6 +73,7 @@ class CompressiveLayer(DecoderLayer):
     window_axis = {"keys": 2, "values": 2, "inputs": 1}  # noqa: RUF012
     changed_by_closing = ("memory", "compressed", "keys", "values")
     kinds = {"short": ("memory",), "long": ("compressed",)}  # noqa: RUF012
+    needed_in_training = ("compressed",)
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -123,7 +124,7 @@ class CompressiveLayer(DecoderLayer):
     def open_beside(self, memory, loss):
         """Before the first window of a call: in training states are projected anew."""
         memory = memory._replace(loss=loss.new_zeros(memory.memory.shape[0], loss.shape[0]))
-        if memory.compressed.shape[1] == 0:
+        if self.holds_keys(memory):
             return memory
         keys, values = self.recall(torch.cat((memory.compressed, memory.memory), dim=1))
         keys = torch.cat((keys, memory.keys.to(keys.dtype)), dim=2)
@@ -134,11 +135,23 @@ class CompressiveLayer(DecoderLayer):
     def shut(self, memory, given):
         """After the last window of a call: training carries keys and values of the open window."""
         memory = memory._replace(loss=given.loss)
-        if memory.compressed.shape[1]:
+        if not self.holds_keys(given):
             keys, values = (t[:, :, self.slots :] for t in (memory.keys, memory.values))
             memory = memory._replace(keys=keys, values=values)
         # Not parts of longer tensors, which FSDP warns of.
         return CompressiveMemory(*(held.contiguous() for held in memory))
+
+    def holds_keys(self, memory):
+        """Whether a memory has the keys and values of what is remembered, as in generation."""
+        return memory.keys.shape[2] > self.config.window_length
+
+    def to_generation(self, memory):
+        return super().to_generation(self.open_beside(memory, memory.loss.new_zeros(0)))
+
+    def to_training(self, memory, fill):
+        memory = super().to_training(memory, fill)
+        keys, values = (t[:, :, self.slots :] for t in (memory.keys, memory.values))
+        return memory._replace(keys=keys, values=values)
 
     def recall(self, states):
         """Keys and values of remembered states: B J D -> two of B H J K."""

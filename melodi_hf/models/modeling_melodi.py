@@ -42,9 +42,10 @@ from .windows import slide
 
 
 class MelodiMemory(NamedTuple):
-    """What a layer carries. The queue is held in one of two forms, the other has no slots: tokens
-    in training, keys and values in generation. The last three belong to the open window, w of whose
-    tokens are read; they have no slots while w = 0."""
+    """What a layer carries. Training holds the queue as tokens and has no slots for its keys and
+    values; generation holds keys and values, and tokens only if its memory was converted from that
+    of training. The last three belong to the open window, w of whose tokens are read; they have no
+    slots while w = 0."""
 
     short: Tensor  # B S D
     long_tokens: Tensor  # B M D, oldest first
@@ -253,6 +254,7 @@ class MelodiLayer(DecoderLayer):
 class LongTermMelodiLayer(MelodiLayer):
     """A layer with short-term and long-term memory."""
 
+    needed_in_training = ("long_tokens",)
     own_steps = ("consult_queue", "push")
     own_parts = ("gate", "long_mixer")
 
@@ -268,10 +270,10 @@ class LongTermMelodiLayer(MelodiLayer):
 
     def open(self, memory):
         # In training the tokens are projected anew: gradients reach the weights, not the tokens.
+        if memory.long_keys.shape[2]:
+            return memory
         keys, values = self.recall(memory.long_tokens)
-        return memory._replace(
-            long_keys=join(memory.long_keys, keys), long_values=join(memory.long_values, values)
-        )
+        return memory._replace(long_keys=keys, long_values=values)
 
     def shut(self, memory, given):
         if given.long_keys.shape[2] == self.long_length:
@@ -281,6 +283,13 @@ class LongTermMelodiLayer(MelodiLayer):
         return memory._replace(
             long_tokens=tokens, long_keys=given.long_keys, long_values=given.long_values
         )
+
+    def to_generation(self, memory):
+        return super().to_generation(self.open(memory))
+
+    def to_training(self, memory, fill):
+        none = memory.long_keys[:, :, :0]
+        return super().to_training(memory._replace(long_keys=none, long_values=none), fill)
 
     def filled_slots(self, windows_read):
         pushed = windows_read * self.config.num_long_memory_tokens
@@ -320,13 +329,6 @@ class LongTermMelodiLayer(MelodiLayer):
             long_keys=behind(memory.long_keys, keys, 2),
             long_values=behind(memory.long_values, values, 2),
         )
-
-
-def join(held, new):
-    """Both one after the other, without a copy if there is only one."""
-    if new.shape[2] == 0:
-        return held
-    return torch.cat((held.to(new.dtype), new), dim=2) if held.shape[2] else new
 
 
 class MelodiModel(DecoderModel):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cache import MelodiCache, check_cache
-from .refusals import refuse_unknown_ids
+from .refusals import refuse_dropout, refuse_unknown_ids
 from .versions import choose_cache
 
 PIECE_WINDOWS = 8  # windows that one call reads unless told otherwise
@@ -92,6 +92,7 @@ def read_document(  # noqa: PLR0913
     encode = text_encoder(tokenizer, model.config, add_special_tokens and is_first)
     if isinstance(source, Mapping):
         source, attention_mask = ids_and_mask(source, attention_mask)
+    pieces: Iterator[tuple[Tensor, Tensor | None]]
     if attention_mask is not None:
         pieces = masked_pieces(source, attention_mask, length, is_first)
     elif is_batch(source):
@@ -133,17 +134,6 @@ def what_is_kept(columns, cache):
         f"{columns:,} tokens per row were read before; to keep such a beginning, give a "
         f"MelodiCache as cache"
     )
-
-
-def refuse_dropout(model):
-    """What was read with dropout would be another memory every time."""
-    rates = {name: getattr(model.config, name) for name in ("dropout", "attention_dropout")}
-    if model.training and any(rates.values()):
-        shown = ", ".join(f"{name}={rate}" for name, rate in rates.items())
-        raise ValueError(
-            f"the model is in training mode with {shown}: call model.eval() before reading, "
-            f"model.train() after"
-        )
 
 
 def piece_columns(piece_length, config):

@@ -65,8 +65,8 @@ def refuse_empty_rows(mask):
     empty = (~mask).all(1)
     if empty.any():
         raise ValueError(
-            f"row {int(empty.nonzero()[0])} has nothing but padding right after crop(): give each "
-            f"row at least 1 token"
+            f"row {int(empty.nonzero()[0])} has nothing but padding right after crop() or "
+            f"MelodiCache.from_memory(): give each row at least 1 token"
         )
 
 
@@ -124,9 +124,10 @@ def refuse_bad_reset(reset_memory, batch_size):
 def refuse_foreign_memory(memory, layers, batch_size):
     """A memory fits the model that wrote it and the batch size it was written with."""
     if not hasattr(memory, "progress"):
+        convert = ", or convert a MelodiCache, cache.to_memory(model)"
         raise ValueError(
-            f"memory is a {type(memory).__name__}: give what a call with "
-            f"return_memory=True returned"
+            f"memory is a {type(memory).__name__}: give what a call with return_memory=True "
+            f"returned{convert if hasattr(memory, 'get_seq_length') else ''}"
         )
     if len(memory.layers) != len(layers):
         raise ValueError(
@@ -141,6 +142,17 @@ def refuse_foreign_memory(memory, layers, batch_size):
         )
     for i, (layer, held) in enumerate(zip(layers, memory.layers, strict=True)):
         refuse_foreign_layer(i, held, layer.memory_shapes(), layer.window_axis)
+
+
+def refuse_dropout(model):
+    """What is read with dropout is another memory every time."""
+    rates = {name: getattr(model.config, name) for name in ("dropout", "attention_dropout")}
+    if model.training and any(rates.values()):
+        shown = ", ".join(f"{name}={rate}" for name, rate in rates.items())
+        raise ValueError(
+            f"the model is in training mode with {shown}: call model.eval() before reading, "
+            f"model.train() after"
+        )
 
 
 def refuse_unforgettable(memory, windows, kept):
