@@ -49,7 +49,12 @@ class MemoryGenerationMixin(GenerationMixin):
             if isinstance(given, torch.Tensor) and given.shape[:1] == (0,):
                 raise ValueError("the batch has 0 rows: give at least 1")
         if ids is not None and cache is not None and kwargs.get("inputs_embeds") is None:
-            refuse_lost_ids(cache, ids, kwargs.get("attention_mask"))
+            mask, past = kwargs.get("attention_mask"), int(cache.get_seq_length())
+            refuse_lost_ids(cache, ids, mask)
+            is_new = mask is not None and mask.shape[1] == past + ids.shape[1]
+            if is_new and is_assisted(self, args, kwargs):
+                # transformers cuts the mask behind the new ids, and gives it to the assistant.
+                kwargs["attention_mask"] = mask[:, past:]
         kwargs = follow_ended_rows(self, args, kwargs)
         output = super().generate(*args, **kwargs)  # type: ignore[misc]
         if isinstance(output, ModelOutput) and CACHE_NAME == "past_key_values":
@@ -138,7 +143,10 @@ class MemoryGenerationMixin(GenerationMixin):
         is_replaced = getattr(self.prepare_inputs_for_generation, "__self__", None) is not self
         if is_replaced and cache is not None:
             inputs["past_key_values"] = cache  # by PEFT, which looks for this name on all versions
-        given = inputs.get("input_ids")
+        given, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        is_dynamic = cache is not None and not cache.is_compileable and not is_replaced
+        if is_dynamic and not first and given is not None and mask is not None:
+            inputs["attention_mask"] = mask[:, -given.shape[1] :]
         if ended_rows is None or cache is None or first or given is None or given.shape[1] != 1:
             return inputs
         ended = ended_rows.before_last(given)
@@ -348,11 +356,15 @@ def follow_ended_rows(model, args, kwargs):
     return kwargs | {"stopping_criteria": StoppingCriteriaList([rows]), "ended_rows": rows}
 
 
+def is_assisted(model, args, kwargs):
+    """Whether generate() has candidates proposed, which it takes back if they are wrong."""
+    has_assistant = kwargs.get("assistant_model") is not None
+    return has_assistant or bool(setting(model, kwargs, "prompt_lookup_num_tokens", args))
+
+
 def ends_row_by_row(model, args, kwargs):
     """Whether rows of this call may end at different steps, each at its own column."""
-    if kwargs.get("assistant_model") is not None or len(args) > 2:
-        return False
-    if setting(model, kwargs, "prompt_lookup_num_tokens", args):
+    if is_assisted(model, args, kwargs) or len(args) > 2:
         return False
     if setting(model, kwargs, "num_beams", args) > 1:
         return False
