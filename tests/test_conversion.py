@@ -57,6 +57,17 @@ def test_reading_goes_on_after_a_conversion_and_back(name, half):
     assert_near(read_on(model, ids[:, middle:], cache=cache), wanted[:, middle - half :])
 
 
+@pytest.mark.parametrize("name", ["melodi", "melodi_two_long", "transformer_xl"])
+def test_windows_read_diagonally_after_a_conversion(name):
+    model, ids = build(name, schedule="wavefront"), draw(2, 2 * DOCUMENT)
+    wanted = remember(build(name), ids).logits
+    cache = MelodiCache.from_memory(remember(model, ids[:, :3]).memory, model)
+    assert_near(read_on(model, ids[:, 3:DOCUMENT], cache=cache), wanted[:, 3:DOCUMENT])
+    found = remember(model, ids[:, DOCUMENT:], cache.to_memory(model)).logits
+    assert_near(found, wanted[:, DOCUMENT:])
+    assert_near(read_on(model, ids[:, DOCUMENT:], cache=cache), wanted[:, DOCUMENT:])
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("half", HALVES)
 def test_a_memory_comes_back_as_it_was(name, half):
@@ -179,6 +190,8 @@ def test_what_does_not_convert():
         MelodiCache.from_memory(None, model)
     with pytest.raises(ValueError, match="the cache has read no token yet"):
         MelodiCache(model.config).to_memory(model)
+    with pytest.raises(ValueError, match="the memory has 0 rows"):
+        MelodiCache.from_memory(model.model.empty_memory(0), model)
     with pytest.raises(ValueError, match="that of another model"):
         MelodiCache.from_memory(memory, build("transformer_xl"))
     with pytest.raises(ValueError, match="that of another model"):

@@ -384,6 +384,8 @@ class MelodiCache(DynamicCache):
             lambda t: t.clone() if isinstance(t, Tensor) else t, memory.progress
         )._replace(within=False)
         device, rows = progress.tokens_read.device, len(progress.tokens_read)
+        if rows == 0:
+            raise ValueError("the memory has 0 rows: pass one of at least 1 row")
         output = torch.zeros(rows, 1, decoder.config.hidden_size, dtype=model.dtype, device=device)
         columns = int(progress.tokens_read.max())
         for layer, layer_memory in zip(cache.layers, held, strict=True):
