@@ -49,12 +49,11 @@ class MemoryGenerationMixin(GenerationMixin):
             if isinstance(given, torch.Tensor) and given.shape[:1] == (0,):
                 raise ValueError("the batch has 0 rows: give at least 1")
         if ids is not None and cache is not None and kwargs.get("inputs_embeds") is None:
-            mask, past = kwargs.get("attention_mask"), int(cache.get_seq_length())
+            mask = kwargs.get("attention_mask")
             refuse_lost_ids(cache, ids, mask)
-            is_new = mask is not None and mask.shape[1] == past + ids.shape[1]
-            if is_new and is_assisted(self, args, kwargs):
-                # transformers cuts the mask behind the new ids, and gives it to the assistant.
-                kwargs["attention_mask"] = mask[:, past:]
+            if mask is not None and is_assisted(self, args, kwargs):
+                # If ids are new, transformers would cut off their part of the mask.
+                kwargs["attention_mask"] = mask[:, -ids.shape[1] :]
         kwargs = follow_ended_rows(self, args, kwargs)
         output = super().generate(*args, **kwargs)  # type: ignore[misc]
         if isinstance(output, ModelOutput) and CACHE_NAME == "past_key_values":
