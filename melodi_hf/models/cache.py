@@ -139,9 +139,8 @@ class WindowMemoryLayer(CacheLayerMixin):
         def refuse_graph(tensor):
             if tensor.requires_grad:
                 raise ValueError(
-                    "a cache with a graph cannot be copied by copy.deepcopy: call cache.detach_() "
-                    "first, or cache.clone(), which copies without the graph; to train, pass "
-                    "memory= instead of a cache"
+                    f"a cache with a graph cannot be copied by copy.deepcopy: call cache.detach_() "
+                    f"first, or cache.clone(), which copies without the graph; {CARRY}"
                 )
             return tensor
 
@@ -215,18 +214,6 @@ class WindowMemoryLayer(CacheLayerMixin):
                 f"have to be taken back, or clone the memory"
             )
         return memory
-
-    def __deepcopy__(self, memo):
-        """As of any object; torch cannot copy a graph."""
-        if any(tensor.grad_fn is not None for tensor in self.memory or ()):
-            raise ValueError(
-                f"a cache that was filled with gradients enabled cannot be copied with its graph: "
-                f"call clone() for a copy without it, or detach_() before copying; {CARRY}"
-            )
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
-        return twin
 
     def offload(self):
         if self.memory is not None:

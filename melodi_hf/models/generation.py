@@ -42,12 +42,13 @@ class MemoryGenerationMixin(GenerationMixin):
         if cache is not None:
             check_cache(cache, self.config.num_hidden_layers)
             cache.columns_at_last_step = None
-        if isinstance(ids, torch.Tensor) and ids.shape[0] == 0:
-            raise ValueError(f"input_ids have shape {tuple(ids.shape)}: pass at least 1 row")
         refuse_impossible(self, args, kwargs)
         for given in (ids, kwargs.get("inputs_embeds")):
             if isinstance(given, torch.Tensor) and given.shape[:1] == (0,):
-                raise ValueError("the batch has 0 rows: give at least 1")
+                raise ValueError(
+                    f"the input has shape {tuple(given.shape)}, "
+                    f"the batch has 0 rows: give at least 1"
+                )
         if ids is not None and cache is not None and kwargs.get("inputs_embeds") is None:
             mask = kwargs.get("attention_mask")
             refuse_lost_ids(cache, ids, mask)
@@ -139,21 +140,11 @@ class MemoryGenerationMixin(GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        is_replaced = getattr(self.prepare_inputs_for_generation, "__self__", None) is not self
-        if is_replaced and cache is not None:
+        is_wrapped = getattr(self.prepare_inputs_for_generation, "__self__", None) is not self
+        if cache is not None and is_wrapped:
             inputs["past_key_values"] = cache  # by PEFT, which looks for this name on all versions
-        given, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        is_dynamic = cache is not None and not cache.is_compileable and not is_replaced
-        if is_dynamic and not first and given is not None and mask is not None:
-            inputs["attention_mask"] = mask[:, -given.shape[1] :]
-        if ended_rows is None or cache is None or first or given is None or given.shape[1] != 1:
-            return inputs
-        ended = ended_rows.before_last(given)
-        if cache.is_compileable or ended.any():  # a compiled graph has a mask always or never
-            mask = (~ended)[:, None]
-            if is_replaced:  # PEFT puts the columns of its prompt before a mask of all ids
-                mask = torch.cat((mask.new_ones(input_ids[:, 1:].shape), mask), dim=1)
-            inputs["attention_mask"] = mask
+        if cache is not None and not first:
+            set_step_mask(inputs, input_ids, cache, ended_rows, is_wrapped)
         return inputs
 
     def _validate_model_kwargs(self, model_kwargs):
@@ -167,6 +158,27 @@ class MemoryGenerationMixin(GenerationMixin):
         if attention_mask is None or inputs_embeds.shape[1] == 1:
             return None
         return attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
+
+
+def set_step_mask(inputs, all_ids, cache, ended_rows, is_wrapped):
+    """Set the mask of a step after the first: one of its own columns, 0 in rows that have ended.
+
+    inputs: those of the step, changed in place; is_wrapped: whether PEFT will put the columns of
+    its prompt before the mask, which must then be one of all ids.
+    """
+    given, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if given is None:
+        return
+    if mask is not None and not cache.is_compileable and not is_wrapped:
+        inputs["attention_mask"] = mask[:, -given.shape[1] :]
+    if ended_rows is None or given.shape[1] != 1:
+        return
+    ended = ended_rows.before_last(given)
+    if cache.is_compileable or ended.any():  # a compiled graph has a mask always or never
+        mask = (~ended)[:, None]
+        if is_wrapped:
+            mask = torch.cat((mask.new_ones(all_ids[:, 1:].shape), mask), dim=1)
+        inputs["attention_mask"] = mask
 
 
 class CompiledSteps:
