@@ -24,7 +24,7 @@ def test_batches_of_no_rows(name):
         lambda: model(ids, labels=ids, skip_logits=True),
         lambda: model.generate(ids, max_new_tokens=3),
         lambda: model.generate(inputs_embeds=embedded, max_new_tokens=3),
-        lambda: model.eval().read_document(ids),
+        lambda: model.eval()(ids, use_cache=True),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=NO_ROWS):
