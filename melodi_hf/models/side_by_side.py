@@ -200,7 +200,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 # These methods a layer calls itself before the first and after the last window, and never a stack.
-CALLED_ALONE = {"__init__", "open", "shut", "figures"}
+CALLED_ALONE = {"__init__", "open", "shut", "to_generation", "to_training", "figures"}
 
 
 def family_of(layer):
