@@ -145,6 +145,7 @@ def test_packages_that_are_missing_are_told_with_their_extra(stopped, monkeypatc
     assert "accelerate, matplotlib not installed: run pip install -e '.[train]'" in told
     told = stopped(plots.main, "none.json", "--output", tmp_path)
     assert "matplotlib not installed" in told
+    monkeypatch.delitem(sys.modules, "melodi_hf.evaluation.harness", raising=False)
     told = stopped(
         lambda: runpy.run_module("melodi_hf.evaluation.harness", run_name="__main__"), "--help"
     )
