@@ -25,6 +25,7 @@ from melodi_hf.evaluation.probes import (
 )
 from melodi_hf.evaluation.probing import bootstrap, evaluate_probe, wilson
 from melodi_hf.evaluation.queue_attention import queue_attention, ratios_by_age
+from melodi_hf.evaluation.tables import queue_table
 
 from .models import EACH, VOCABULARY, WINDOW, assert_near, build, draw
 from .text import tiny_tokenizer
@@ -397,13 +398,17 @@ def test_a_model_is_probed_by_a_command(folder, tmp_path, capsys):
     assert "control_accuracy" in capsys.readouterr().out
 
 
-def test_the_queue_is_shown_by_a_command(folder, tmp_path):
+def test_the_queue_is_shown_by_a_command(folder, tmp_path, capsys):
     (tmp_path / "book.txt").write_text(BOOK)
     output = tmp_path / "queue.json"
     how = ["--books", str(tmp_path / "book.txt"), "--read-tokens", "100", "--output", str(output)]
     main([str(folder), "--queue", *how])
-    assert json.loads(output.read_text())["queue"]["windows_read"] == 100 // WINDOW
+    measured = json.loads(output.read_text())["queue"]
+    assert measured["windows_read"] == 100 // WINDOW
     assert drawn(output)
+    assert queue_table(measured) in capsys.readouterr().out
+    main([str(folder), "--queue", *how[:-2]])  # without a file to write to
+    assert queue_table(measured) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import evaluate as evaluate_script
@@ -220,6 +222,28 @@ def test_the_metric_is_found_from_anywhere():
 
 def test_the_package_says_that_it_is_typed():
     assert (ROOT / "melodi_hf" / "py.typed").is_file()
+
+
+@pytest.mark.network
+def test_the_wheel_says_what_the_package_is(tmp_path):
+    clone = tmp_path / "clone"
+    for name in ("melodi_hf", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        clone.mkdir(exist_ok=True)
+        copy(ROOT / name, clone / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path)]
+    subprocess.run([*command, str(clone)], check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("melodi_hf-*.whl"))) as wheel:
+        names = wheel.namelist()
+        metadata = next(name for name in names if name.endswith("METADATA"))
+        told = wheel.read(metadata).decode().splitlines()
+    assert {"melodi_hf/py.typed", "melodi_hf/evaluation/systems.json"} <= set(names)
+    assert "melodi_hf/evaluation/word_perplexity/word_perplexity.py" in names
+    assert "License-Expression: Apache-2.0" in told
+    assert "Author: The melodi_hf maintainers" in told
+    assert any(line.startswith("Project-URL: ") for line in told)
+    assert sum(line.startswith("Classifier: ") for line in told) > 4
+    assert not any(line.startswith("Classifier: License") for line in told)
 
 
 @pytest.mark.slow
