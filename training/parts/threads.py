@@ -7,6 +7,6 @@ loaded. A spinning thread starts sooner and keeps its core from other programs.
 
 import os
 
-SPIN_COUNT = "10000"
+SPIN_COUNT = "1000"
 
 os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
