@@ -133,6 +133,11 @@ class MemoryTrainer(Trainer):
         self._micro_batch += 1
         return loss
 
+    def _clip_grad_norm(self, model):
+        # With FSDP2 the norm lies in parts on the devices, of which torch 2.9 would log one's own.
+        norm = super()._clip_grad_norm(model)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         held = self._memory["training" if model.training else "evaluation"]
         place = self._micro_batch if model.training else 0

@@ -119,7 +119,8 @@ def test_state_is_every_tensor_that_the_next_token_needs():
     reader.prefill(reader.draw(40), None)
     recurrent = 2 * (32 * 4 + 3 * 32 * 4)  # the state, and three tokens of the convolution
     window = 2 * 32 * 4 * 15  # keys and values of one layer
-    assert reader.state_bytes() == recurrent + window + 8  # and a count of tokens
+    counts = {8, 24}  # one count of tokens, or three, by the version of transformers
+    assert reader.state_bytes() - recurrent - window in counts
 
 
 def test_a_process_that_dies_is_told(tmp_path):

@@ -38,6 +38,7 @@ OWNERS = {
     "can_return_tuple": generic,
     "capture_outputs": output_capturing,
     "_get_num_items_in_batch": Trainer,
+    "_clip_grad_norm": Trainer,
     "_save_rng_state": Trainer,
     "_load_rng_state": Trainer,
     "_track_num_input_tokens": Trainer,

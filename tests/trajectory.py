@@ -25,7 +25,9 @@ PAPER = PAPER_ADAFACTOR[0], {**PAPER_ADAFACTOR[1], "lr": 0.01}
 
 # Each has four rows: in one batch, in micro-batches, on two devices.
 SCORED = {"eval_strategy": "steps", "eval_steps": 3}
-CHECKPOINTED = {"activation_checkpointing": True}
+# transformers renamed the argument; the old name is deprecated.
+NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTED = {next(n for n in NAMES if n in TrainingArguments.__dataclass_fields__): True}
 MICRO_BATCHES = {"rows": 1, "gradient_accumulation_steps": 2}
 ALONE = {
     "scored": SCORED,

@@ -234,7 +234,7 @@ class StaticWindowMemoryLayer(WindowMemoryLayer):
 
     def begin(self, memory, window_length, output, device):
         super().begin(memory, window_length, output, device)
-        self.progress = self.progress._replace(fill=None)  # a number would be part of the graph
+        self.progress = Progress(self.progress.tokens_read, None)  # a number is part of the graph
         self.columns = torch.zeros((), dtype=torch.long, device=device)
         if not torch.compiler.is_compiling():
             counters = self.progress.tokens_read, self.recent, self.columns
@@ -371,8 +371,6 @@ class MelodiCache(DynamicCache):
             lambda t: t.clone() if isinstance(t, Tensor) else t, memory.progress
         )._replace(within=False)
         device, rows = progress.tokens_read.device, len(progress.tokens_read)
-        if rows == 0:
-            raise ValueError("the memory has 0 rows: pass one of at least 1 row")
         output = torch.zeros(rows, 1, decoder.config.hidden_size, dtype=model.dtype, device=device)
         columns = int(progress.tokens_read.max())
         for layer, layer_memory in zip(cache.layers, held, strict=True):
@@ -462,7 +460,7 @@ def check_cache(cache, num_layers, name="cache"):
             f"{name} is a {type(cache).__name__}, the memory of training (from a call with "
             f"return_memory=True): convert it, MelodiCache.from_memory(memory, model)"
         )
-    if isinstance(cache, str | os.PathLike):
+    if isinstance(cache, (str, os.PathLike)):  # not a union, which torch 2.9 cannot trace
         raise ValueError(
             f"{name} is the path {str(cache)!r}: load the file, "
             f"MelodiCache.load({str(cache)!r}, model=model)"

@@ -206,8 +206,12 @@ class DecoderLayer(GradientCheckpointingLayer):
     def in_type(self, memory, dtype):
         """The memory in another precision, but for what is kept in float32 or wider."""
         wide = torch.promote_types(dtype, torch.float32)
-        exact = {name: getattr(memory, name).to(wide) for name in self.kept_in_float32}
-        return type(memory)(*(tensor.to(dtype) for tensor in memory))._replace(**exact)
+        return type(memory)(
+            **{
+                name: tensor.to(wide if name in self.kept_in_float32 else dtype)
+                for name, tensor in memory._asdict().items()
+            }
+        )
 
     def to_generation(self, memory):
         """Convert a memory from the form that training carries to the one that a cache holds.
@@ -356,6 +360,8 @@ class DecoderModel(DecoderPreTrainedModel):
         """Convert the memory that training carries: what the layers of a cache hold."""
         rows = len(memory.progress.tokens_read) if hasattr(memory, "progress") else 0
         refuse_foreign_memory(memory, self.layers, rows)
+        if rows == 0:
+            raise ValueError("the memory has 0 rows: pass one of at least 1 row")
         pairs = zip(cast("list[DecoderLayer]", list(self.layers)), memory.layers, strict=True)
         return tuple(copied(layer.to_generation(held)) for layer, held in pairs)
 

@@ -212,7 +212,9 @@ class Plan:
 
     def leave_out(self, forgotten):
         """Tell the chunks, and who reads on, what was taken out of the memory."""
-        self.progress = self.progress._replace(forgotten=forgotten)
+        # Not by _replace, whose result torch 2.9 cannot return from a graph.
+        tokens_read, fill, _, within = self.progress
+        self.progress = Progress(tokens_read, fill, forgotten, within)
         for chunk in self.chunks:
             rows = slice(None) if chunk.rows is None else chunk.rows
             chunk.forgotten = {kind: count[rows] for kind, count in forgotten.items()}
