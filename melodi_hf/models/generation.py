@@ -263,7 +263,7 @@ def refuse_impossible(model, args, kwargs):
     if has_memory and not setting(model, kwargs, "use_cache", args):
         raise ValueError(
             "use_cache is False and a cache is given: each step would read everything into it "
-            "again; pass one of them (use_cache=True goes on from the memory)"
+            "again; pass one of them (use_cache=True continues from the memory)"
         )
     if setting(model, kwargs, "assistant_early_exit", args) is not None:
         raise ValueError(

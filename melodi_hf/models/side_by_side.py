@@ -230,7 +230,7 @@ def _reasons(layers):
 
 
 def _methods_replaced(kind, family):
-    # Unwrapped, since transformers wraps `forward` anew in each subclass.
+    # Unwrapped, since transformers wraps `forward` again in each subclass.
     pairs = {n: (v, getattr(family, n, None)) for n, v in vars(kind).items() if callable(v)}
     return {n for n, pair in pairs.items() if pair[1] and len({*map(unwrap, pair)}) > 1}
 

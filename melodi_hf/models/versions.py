@@ -106,7 +106,7 @@ def check_keywords(kwargs):
 
 
 def check_cache_has_grown(cache, is_first):
-    """Raise `RuntimeError` if a step of generate() did not write to the cache that it goes on from.
+    """Raise `RuntimeError` if a step of generate() did not write to its cache.
 
     cache: that of this step, or None; is_first: whether this is surely the first step. How many
     columns the cache has read is noted on it (generate() clears the note) for the next step.
