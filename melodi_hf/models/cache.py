@@ -367,13 +367,11 @@ class MelodiCache(DynamicCache):
         refuse_dropout(model)
         decoder = model.get_decoder()
         cache, held = cls(decoder.config), decoder.to_generation(memory)
-        progress = tree_map(
-            lambda t: t.clone() if isinstance(t, Tensor) else t, memory.progress
-        )._replace(within=False)
+        progress = held.progress
         device, rows = progress.tokens_read.device, len(progress.tokens_read)
         output = torch.zeros(rows, 1, decoder.config.hidden_size, dtype=model.dtype, device=device)
         columns = int(progress.tokens_read.max())
-        for layer, layer_memory in zip(cache.layers, held, strict=True):
+        for layer, layer_memory in zip(cache.layers, held.layers, strict=True):
             layer.begin(layer_memory, decoder.config.window_length, output, device)
             layer.progress, layer.columns, layer.is_initialized = progress, columns, True
             layer.knows_output = columns == 0

@@ -127,7 +127,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     kept_in_float32: ClassVar[tuple[str, ...]] = ()  # the fields that bfloat16 would spoil
     # Layers whose class sets `stacks` can be read side by side (`wavefront`): the classes of their
     # modules, besides those that `side_by_side` knows. A subclass may stand among them if it names
-    # the methods that it has for itself, (*tensors, memory, chunk) -> the last of the tensors anew,
+    # the methods that it has for itself, (*tensors, memory, chunk) -> the last of the tensors, new,
     # or the memory; the parameters and modules and the fields that only these look at.
     stacks: ClassVar[tuple[type, ...]]
     own_steps: ClassVar[tuple[str, ...]] = ()
@@ -356,14 +356,15 @@ class DecoderModel(DecoderPreTrainedModel):
         return Memory(empty, Progress(torch.zeros(batch_size, dtype=torch.long, device=device), 0))
 
     @torch.no_grad()
-    def to_generation(self, memory: Memory) -> tuple[NamedTuple, ...]:
-        """Convert the memory that training carries: what the layers of a cache hold."""
+    def to_generation(self, memory: Memory) -> Memory:
+        """Convert the memory that training carries to what the layers of a cache hold."""
         rows = len(memory.progress.tokens_read) if hasattr(memory, "progress") else 0
         refuse_foreign_memory(memory, self.layers, rows)
         if rows == 0:
             raise ValueError("the memory has 0 rows: pass one of at least 1 row")
         pairs = zip(cast("list[DecoderLayer]", list(self.layers)), memory.layers, strict=True)
-        return tuple(copied(layer.to_generation(held)) for layer, held in pairs)
+        layers = tuple(layer.to_generation(held) for layer, held in pairs)
+        return copied(Memory(layers, memory.progress._replace(within=False)))
 
     def to_training(self, memories, progress: Progress) -> Memory:
         """Convert what the layers of a cache hold to the memory that training carries."""
