@@ -54,10 +54,10 @@ def test_any_number_of_tokens_can_be_taken_back(name, cuts):
         cache, kept = whole.clone(), DOCUMENT - removed
         cache.crop(-removed)
         assert cache.get_seq_length() == SEEN + kept
-        anew = base.clone()
+        fresh = base.clone()
         if kept:
-            read(model, ids[:, SEEN : SEEN + kept], anew)
-        assert_near(next_logits(model, other, cache), next_logits(model, other, anew))
+            read(model, ids[:, SEEN : SEEN + kept], fresh)
+        assert_near(next_logits(model, other, cache), next_logits(model, other, fresh))
 
 
 @pytest.mark.parametrize("name", VARIED)
@@ -72,9 +72,9 @@ def test_tokens_can_be_taken_back_again_and_again(name):
         read(model, guess, cache)
         cache.crop(-removed)
         kept += ahead - removed
-    anew = read(model, truth[:, :kept])
+    fresh = read(model, truth[:, :kept])
     following = truth[:, kept : kept + DOCUMENT]
-    assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
+    assert_near(next_logits(model, following, cache), next_logits(model, following, fresh))
 
 
 @pytest.mark.parametrize("name", VARIED)
@@ -90,8 +90,8 @@ def test_rows_of_different_lengths_go_back_each_by_its_own_tokens(name, removed)
         read(model, ids[:, part], cache, attention_mask=mask[:, part].long())
     cache.crop(-removed)
     kept = DOCUMENT - removed
-    anew = read(model, ids[:, :kept], read(model, before), attention_mask=mask[:, :kept].long())
-    assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
+    fresh = read(model, ids[:, :kept], read(model, before), attention_mask=mask[:, :kept].long())
+    assert_near(next_logits(model, following, cache), next_logits(model, following, fresh))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -99,8 +99,8 @@ def test_within_the_open_window_nothing_need_be_recorded(name):
     model, ids = build(name), draw(2, SEEN)
     cache = read(model, ids)
     cache.crop(-2)
-    anew, following = read(model, ids[:, :-2]), draw(2, DOCUMENT)
-    assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
+    fresh, following = read(model, ids[:, :-2]), draw(2, DOCUMENT)
+    assert_near(next_logits(model, following, cache), next_logits(model, following, fresh))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -113,8 +113,8 @@ def test_what_cannot_be_taken_back_is_refused_and_nothing_is_lost(name):
         with pytest.raises(ValueError, match=rf"crop\({wrong}\): .* at most the last {SEEN}"):
             cache.crop(wrong)
     following = draw(2, DOCUMENT)
-    anew = read(model, ids)
-    assert_equal(next_logits(model, following, cache), next_logits(model, following, anew))
+    fresh = read(model, ids)
+    assert_equal(next_logits(model, following, cache), next_logits(model, following, fresh))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -201,8 +201,8 @@ def test_tokens_are_taken_back_to_the_end_of_a_window_and_then_more(name):
     read(model, ids, cache)
     cache.crop(-3)
     cache.crop(-2)
-    anew = read(model, ids[:, : 2 * WINDOW - 2])
-    assert_near(next_logits(model, following, cache), next_logits(model, following, anew))
+    fresh = read(model, ids[:, : 2 * WINDOW - 2])
+    assert_near(next_logits(model, following, cache), next_logits(model, following, fresh))
 
 
 def test_a_row_of_padding_needs_an_output_that_was_not_taken_back():

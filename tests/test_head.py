@@ -1,6 +1,6 @@
 """The head, as others see it: hidden states times its weights times `config.logit_scale`.
 
-Whoever makes logits or a loss of these parts gets what the model does.
+Code that makes logits or a loss of these parts gets what the model does.
 """
 
 import json

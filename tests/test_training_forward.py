@@ -292,7 +292,7 @@ def test_the_loss_is_that_of_the_columns_kept(kept, skip_logits):
 
 @pytest.mark.parametrize("name", EACH)
 def test_all_dropout_is_in_modules(name):
-    """So that whoever turns off the modules, as TRL does, turns off all of it."""
+    """So that turning off the modules, as TRL does, turns off all of it."""
     model, ids = build(name, dropout=0.3, attention_dropout=0.3).train(), draw(2, DOCUMENT)
     with torch.no_grad():
         wanted = build(name)(ids).logits

@@ -122,8 +122,8 @@ def prepare_documents(
     in a temporary folder, for this process alone.
 
     Raises ValueError for a source without documents and for what is no source, and OSError for a
-    folder that cannot be written to or a disk that is full; what is written by then is gone on with
-    the next time.
+    folder that cannot be written to or a disk that is full; the next call continues from what
+    was written.
     """
     if not isinstance(source, Source):
         raise ValueError(

@@ -50,7 +50,7 @@ def attend_to_places(q, sources, low, high, rows=None) -> Found:
     up to but not including high are seen; rows: which of the batch the queries belong to (R,), or
     None for all. Gradients flow to q, and to the keys and values that ask for them.
     """
-    if is_traced():  # then a compiler decides what is computed anew
+    if is_traced():  # then a compiler decides what is recomputed
         return Found(*_look_at_places(q, sources, low, high, rows))
     return Found(*PlacedAttention.apply(q, low, high, rows, *_flat(sources)))
 
