@@ -28,7 +28,7 @@ from .models.modeling_memorizing_transformer import (
 )
 from .models.modeling_plain_transformer import PlainTransformerForCausalLM, PlainTransformerModel
 from .models.modeling_transformer_xl import TransformerXLForCausalLM, TransformerXLModel
-from .models.versions import warn_if_untested
+from .models.validation import warn_if_untested
 
 __version__ = "0.1.0"
 

@@ -3,17 +3,12 @@
 Shapes are written in one alphabet:
 
     B batch              W tokens in a window        H heads
-    T tokens in a call   U summary tokens            K channels per head
-    V vocabulary         S short-term memory tokens  D channels
-                         M slots of a longer memory
+    R rows of a step     U summary tokens            K channels per head
+    T tokens in a call   S short-term memory tokens  D channels
+    V vocabulary         M slots of a longer memory
 
-Read in this order: `position`, `attention`, `windows` (how a call falls into windows), `ragged`
-(rows that stand at different places), `decoder` (the skeleton that all share), `modeling_melodi`,
-`sliding_window` (the layer of the Transformer-XL, which others build on),
-`modeling_transformer_xl`, `modeling_block_recurrent`, `compression` and
-`modeling_compressive_transformer`, `legs` and `modeling_elastic_memory`, `retrieval`, `past` and
-`modeling_memorizing_transformer` (a memory of tokens as they were), then `cache` (the memory during
-generation), `adapters` (models inside PEFT and other wrappers), `side_by_side` and `wavefront`
-(windows of several layers read at once), `costs` (what it all costs) and `meliad` (parity with the
-released code).
+Read in this order: `layer` (what an architecture implements, and what all share),
+`modeling_melodi`, `modules` (attention, norms), `windows` (which tokens fall into which window),
+`decoder` (the model and the language model), `cache`, `generation`, `reading`. CONTRIBUTING has one
+page on how they fit together.
 """

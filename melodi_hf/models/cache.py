@@ -1,12 +1,12 @@
 """The memories of all layers as a transformers `Cache`.
 
-One cache layer per decoder layer, holding that layer's memory and how far each row has read, in
-tensors of fixed size: what is held does not depend on how much was read. It registers itself under
-the name that the configs give in `layer_types`, so that generate() builds it unasked inside an
-ordinary `DynamicCache` or `StaticCache`. `MelodiCache` adds what long documents need.
+One cache layer per decoder layer holds that layer's memory, in tensors of fixed size; what all
+layers share, such as how far each row has read, is in one `CacheState`. The cache layers register
+themselves under the name that the configurations give in `layer_types`, so that generate() builds
+them inside a `DynamicCache` or `StaticCache`. `MelodiCache` adds what long documents need.
 
-Tokens can be taken back (`crop`, for assisted decoding). Within the open window that is a matter of
-counting. A window that was closed since `activate_past_recording()` is kept as it was before.
+Tokens can be removed (`crop`, for assisted decoding): within the open window by counting, beyond
+it from the snapshots that are taken after `activate_past_recording()`.
 """
 
 import copy
@@ -25,65 +25,176 @@ from transformers.cache_utils import (
     DynamicCache,
 )
 
-from .memory_file import load_memory_file, memory_fields, refuse_memory_of, save_memory_file
-from .refusals import refuse_dropout, refuse_foreign_layer
-from .tracing import is_traced, is_transformed
-from .windows import Progress, put_rows, widened
+from .kernels import is_traced, is_transformed
+from .memory_file import check_memory_of, load_memory_file, memory_fields, save_memory_file
+from .validation import check_dropout, check_layer_memory
+from .windows import (
+    Progress,
+    is_locked_inference_tensor,
+    join_parts,
+    pad_to_shape,
+    where_rows,
+)
 
-# Columns whose ids are held, to tell new ids from a repetition of those that were read, and how far
-# back a recording goes.
-RECENT = 1024
-
-NOT_AN_ID = -1  # a column of padding
+RECENT = 1024  # columns whose ids are held, to recognise repeated ids, and that `crop` may remove
+PADDING_ID = -1  # a column of padding
 UNKNOWN_ID = -2  # a column that was given as an embedding
-FORGOTTEN = -3  # a column before those that are held
-
+FORGOTTEN_ID = -3  # a column before those that are held
+MAX_GRAPH_NODES = 64  # that are looked at, to find a graph that was freed
 
 CARRY = (
     "to train on one segment after another, pass the memory that a call with return_memory=True "
     "returned as memory="
 )
-NODES = 64  # of a graph that are looked at, to find out whether it is still there
 
 
-class FullWindow(NamedTuple):
-    """The memory as some rows had filled their window and not closed it yet."""
+class WindowSnapshot(NamedTuple):
+    """The memories when some rows had filled their window and not closed it yet."""
 
     closing: Tensor  # B, which rows
     end: Tensor  # B, the tokens that they had read
-    memory: Any
+    memories: tuple[Any, ...]  # of all layers
+
+
+class CacheState:
+    """What all layers of a cache share."""
+
+    def __init__(self, window_length, output, device):
+        self.window_length = window_length
+        rows = len(output)
+        self.progress = Progress(torch.zeros(rows, dtype=torch.long, device=device), 0)
+        self.recent = torch.full((rows, RECENT), FORGOTTEN_ID, device=device)
+        # B n D, of the last n columns, before the final norm; n is 1 unless tokens may be removed.
+        self.output, self.has_last_hidden = output, True
+        self.columns: Any = 0  # read, padding included; a tensor in a static cache
+        self.croppable = 0  # of them, those that `crop` may remove
+        self.snapshots: list[WindowSnapshot] = []  # oldest first
+        self.restored: list[tuple[Tensor, WindowSnapshot]] = []  # by the last crop, newest first
+
+    def store(self, progress, recent, output, columns, snapshots):
+        """Update after a call of so many columns."""
+        oldest, self.restored = progress.tokens_read - RECENT, []
+        snapshots = [*self.snapshots, *snapshots]
+        self.snapshots = [each for each in snapshots if (each.end > oldest).any()]
+        self.progress, self.recent, self.output = progress, recent, output
+        self.has_last_hidden = True
+        self.columns += columns
+        self.croppable = min(self.croppable + columns, RECENT)
+
+    def map_tensors(self, function):
+        """Replace each tensor t by function(t)."""
+        for name in ("progress", "recent", "output", "snapshots"):
+            held = tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, vars(self)[name])
+            setattr(self, name, held)
+
+    def reset(self):
+        """Return to the state before the first token."""
+        output = torch.zeros_like(self.output[:, :1])
+        vars(self).update(vars(CacheState(self.window_length, output, self.recent.device)))
+
+    def crop(self, removed):
+        """Remove the last columns; `restored` then tells the layers which rows to restore."""
+        self.restored = []
+        if removed == 0:
+            return
+        lost = (self.recent[:, -removed:] != PADDING_ID).sum(1)
+        before, offset = self.progress.tokens_read, self.progress.offset
+        tokens_read = before - lost
+        self.restored = self._snapshots_after(tokens_read, removed)
+        rows = [each.closing & (each.end <= tokens_read) for each in self.snapshots]
+        pairs = zip(self.snapshots, rows, strict=True)
+        self.snapshots = [each._replace(closing=left) for each, left in pairs if left.any()]
+        if offset is not None:
+            is_equal = bool((lost == lost[0]).all())
+            offset = (offset - int(lost[0])) % self.window_length if is_equal else None
+        self.progress = Progress(tokens_read, offset)
+        unknown = self.recent.new_full((len(self.recent), removed), FORGOTTEN_ID)
+        self.recent = torch.cat((unknown, self.recent[:, :-removed]), dim=1)
+        self.has_last_hidden = removed < self.output.shape[1]
+        kept = self.output[:, :-removed]
+        self.output = kept if self.has_last_hidden else torch.zeros_like(self.output[:, :1])
+        self.columns -= removed
+        self.croppable -= removed
+
+    def _snapshots_after(self, tokens_read, removed):
+        # Rows to restore and the snapshots to restore them from, newest first.
+        before, length = self.progress.tokens_read, self.window_length
+        is_reached, restored = tokens_read >= before - before % length, []
+        for each in reversed(self.snapshots):
+            rows = each.closing & (tokens_read < each.end)
+            is_reached = is_reached | (rows & (tokens_read >= each.end - length))
+            restored.append((rows, each))
+        if not is_reached.all():
+            raise ValueError(
+                f"crop({-removed}) goes back beyond the beginning of the open window, and the "
+                f"window before was not recorded: call activate_past_recording() before reading "
+                f"what may have to be removed, or clone the memory"
+            )
+        return restored
+
+
+class StaticCacheState(CacheState):
+    """The same in tensors that stay where they are, for steps that are compiled once."""
+
+    def __init__(self, window_length, output, device):
+        super().__init__(window_length, output, device)
+        self.progress = Progress(self.progress.tokens_read, None)  # an int is part of the graph
+        self.columns = torch.zeros((), dtype=torch.long, device=device)
+
+    @property
+    def tensors(self):
+        return self.progress.tokens_read, self.recent, self.output, self.columns
+
+    def unlock(self):
+        """Replace tensors that were made in inference mode, where that is over."""
+        if is_locked_inference_tensor(self.columns):
+            CacheState.map_tensors(self, torch.clone)
+            self.columns = self.columns.clone()
+
+    def store(self, progress, recent, output, columns, snapshots):
+        self.unlock()
+        self.progress.tokens_read.copy_(progress.tokens_read)
+        self.recent.copy_(recent)
+        self.output.copy_(output)
+        self.columns.add_(columns)
+
+    def map_tensors(self, function):
+        super().map_tensors(lambda tensor: copy_if_equal_shape(tensor, function(tensor)))
+
+    def reset(self):
+        self.unlock()
+        self.map_tensors(torch.zeros_like)
+        self.recent.fill_(FORGOTTEN_ID)
+        self.columns.zero_()
 
 
 class WindowMemoryLayer(CacheLayerMixin):
-    """The memory of one layer (a NamedTuple of tensors, rows first) for rows that may stand at
-    different places of their documents."""
+    """The memory of one layer, a NamedTuple of tensors with rows first."""
 
     _layer_type: str | None = "window_memory"
     is_croppable = True
     supports_early_init = False
+    state_class: type[CacheState] = CacheState
 
     def __init__(self, **kwargs):
-        self.memory: Any = None  # until the model fills it, as what follows
-        self.progress: Any = None
-        self.recent: Any = None  # B RECENT, the ids of the last columns
-        self.output: Any = None  # B n D, of the last n columns, before the final norm: what a row
-        # of padding goes on with; n is 1 unless tokens may be taken back
-        self.knows_output = True
-        self.columns: Any = 0  # read, padding included; a tensor in a static cache
-        self.croppable = 0  # of them, those that `crop` may take back
+        self.memory: Any = None  # until the model fills it, as the next two
+        self.state: Any = None
+        self.layer_idx = 0
         self.record_past = False
-        self.journal: list[FullWindow] = []  # oldest first
         super().__init__(**kwargs)
 
-    # What transformers' own tools look at: keys and values of the open window, and before it.
-    keys: Any = property(lambda self: self._field("keys"), lambda self, value: None)
-    values: Any = property(lambda self: self._field("values"), lambda self, value: None)
-
-    def _field(self, name):
-        return getattr(self.memory, name, None)
+    # What transformers' own tools look at: keys and values of the open window.
+    keys: Any = property(lambda self: getattr(self.memory, "keys", None), lambda self, value: None)
+    values: Any = property(
+        lambda self: getattr(self.memory, "values", None), lambda self, value: None
+    )
+    # What all layers share, by the names of `CacheState`.
+    progress = property(lambda self: self.state.progress)
+    recent = property(lambda self: None if self.state is None else self.state.recent)
+    columns = property(lambda self: 0 if self.state is None else self.state.columns)
 
     def lazy_initialization(self, key_states, value_states):
-        raise ValueError("the sizes of a memory are known to its model: let the model fill it")
+        raise ValueError("pass the cache to the model, which allocates it")
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise ValueError(
@@ -91,27 +202,15 @@ class WindowMemoryLayer(CacheLayerMixin):
             "with the model it was made by (prefix tuning and other models cannot write to it)"
         )
 
-    def begin(self, memory, window_length, output, device):
-        """Hold an empty memory. output: B 1 D, zeros."""
-        batch_size = output.shape[0]
-        self.memory, self.window_length = memory, window_length
-        self.progress = Progress(torch.zeros(batch_size, dtype=torch.long, device=device), 0)
-        self.recent = torch.full((batch_size, RECENT), FORGOTTEN, device=device)
-        self.output, self.knows_output = output, True
+    def begin(self, memory, state, layer_idx):
+        """Hold a memory; the first layer owns the shared state."""
+        self.memory, self.state, self.layer_idx = memory, state, layer_idx
 
-    def store(self, memory, progress, recent, output, columns, full_windows):
-        """Take over the memory after a call of `columns` columns, padding included."""
-        kept = progress.tokens_read - RECENT
-        windows = [*self.journal, *full_windows]
-        self.journal = [full for full in windows if (full.end > kept).any()]
-        # What the journal holds must not be written to.
-        write = _anew if full_windows else _write
+    def store(self, memory, keep_old=False):
+        """Take over the memory after a call; keep_old: snapshots share tensors with this one."""
+        write = copy_padded if keep_old else write_leading_slots
         pairs = zip(self.memory, memory, strict=True)
         self.memory = type(memory)(*(write(held, new) for held, new in pairs))
-        self.progress, self.recent, self.output = progress, recent, output
-        self.knows_output = True
-        self.columns += columns
-        self.croppable = min(self.croppable + columns, RECENT)
         self.is_initialized = True
 
     def get_seq_length(self):
@@ -127,93 +226,60 @@ class WindowMemoryLayer(CacheLayerMixin):
 
     @property
     def batch_size(self):
-        return -1 if self.progress is None else len(self.progress.tokens_read)
+        return -1 if self.state is None else len(self.state.recent)
 
-    def _for_all_tensors(self, function):
-        if self.memory is not None:
-            names = ("memory", "progress", "recent", "output", "journal")
-            held = {name: getattr(self, name) for name in names}
-            vars(self).update(tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, held))
+    def map_tensors(self, function):
+        """Replace each tensor t by function(t); in the first layer also what all layers share."""
+        if self.memory is None:
+            return
+        self.memory = type(self.memory)(*map(function, self.memory))
+        if self.layer_idx == 0:
+            self.state.map_tensors(function)
 
     def __deepcopy__(self, memo):
-        def refuse_graph(tensor):
-            if tensor.requires_grad:
-                raise ValueError(
-                    f"a cache with a graph cannot be copied by copy.deepcopy: call cache.detach_() "
-                    f"first, or cache.clone(), which copies without the graph; {CARRY}"
-                )
-            return tensor
-
-        WindowMemoryLayer._for_all_tensors(copy.copy(self), refuse_graph)
+        if self.memory is not None and any(tensor.requires_grad for tensor in self.memory):
+            raise ValueError(
+                f"a cache with a graph cannot be copied by copy.deepcopy: call cache.detach_() "
+                f"first, or cache.clone(), which copies without the graph; {CARRY}"
+            )
         memo[id(self)] = twin = type(self).__new__(type(self))
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
     def reset(self):
-        if self.memory is not None:
-            empty = type(self.memory)(*(torch.zeros_like(tensor) for tensor in self.memory))
-            output = torch.zeros_like(self.output[:, :1])
-            self.begin(empty, self.window_length, output, self.recent.device)
-        self.columns, self.croppable, self.journal = 0, 0, []
+        if self.memory is None:
+            return
+        self.memory = type(self.memory)(*map(torch.zeros_like, self.memory))
+        if self.layer_idx == 0:
+            self.state.reset()
 
     def reorder_cache(self, beam_idx):
-        self._for_all_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats):
-        self._for_all_tensors(lambda t: t.repeat_interleave(repeats, dim=0))
+        self.map_tensors(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def activate_past_recording(self):
-        """From now on keep what `crop` needs to go back beyond the beginning of a window."""
+        """Keep from now on what `crop` needs to go back beyond the beginning of a window."""
         self.record_past = True
 
     def crop(self, tokens_to_remove):
-        """Take back the last columns; how many is given as a negative number."""
-        removed = -tokens_to_remove
-        if not 0 <= removed <= self.croppable:
-            raise ValueError(
-                f"crop({tokens_to_remove}): give how many columns to take back as a negative "
-                f"number, at most the last {self.croppable}; to go back further, clone the memory "
-                f"before reading on"
-            )
-        if removed == 0:
-            return
-        lost = (self.recent[:, -removed:] != NOT_AN_ID).sum(1)
-        tokens_read, fill = self.progress.tokens_read - lost, self.progress.fill
-        self.memory = self._as_it_was(tokens_read, tokens_to_remove)
-        rows = [full.closing & (full.end <= tokens_read) for full in self.journal]
-        left = (full._replace(closing=r) for full, r in zip(self.journal, rows, strict=True))
-        self.journal = [full for full in left if full.closing.any()]
-        if fill is not None:
-            together = bool((lost == lost[0]).all())
-            fill = (fill - int(lost[0])) % self.window_length if together else None
-        self.progress = Progress(tokens_read, fill)
-        unknown = self.recent.new_full((len(self.recent), removed), FORGOTTEN)
-        self.recent = torch.cat((unknown, self.recent[:, :-removed]), dim=1)
-        self.knows_output = removed < self.output.shape[1]
-        kept = self.output[:, :-removed]
-        self.output = kept if self.knows_output else torch.zeros_like(self.output[:, :1])
-        self.columns -= removed
-        self.croppable -= removed
-
-    def _as_it_was(self, tokens_read, asked):
-        # The memory as the rows had read `tokens_read` (B,) tokens. Slots of a window that lie
-        # behind what was read are never looked at.
-        memory, before = self.memory, self.progress.tokens_read
-        reached = tokens_read >= before - before % self.window_length
-        for full in reversed(self.journal):
-            rows = full.closing & (tokens_read < full.end)
-            pairs = zip(full.memory, memory, strict=True)
-            memory = type(memory)(*(_choose(rows, old, new) for old, new in pairs))
-            reached = reached | (rows & (tokens_read >= full.end - self.window_length))
-        if not reached.all():
-            raise ValueError(
-                f"crop({asked}) goes back beyond the beginning of the open window, and the window "
-                f"before was not recorded: call activate_past_recording() before reading what may "
-                f"have to be taken back, or clone the memory"
-            )
-        return memory
+        """Remove the last columns; how many is given as a negative number."""
+        croppable = 0 if self.state is None else self.state.croppable
+        if self.layer_idx == 0:
+            if not 0 <= -tokens_to_remove <= croppable:
+                raise ValueError(
+                    f"crop({tokens_to_remove}): give how many columns to remove as a negative "
+                    f"number, at most the last {croppable}; to go back further, clone the memory "
+                    f"before reading on"
+                )
+            if self.state is not None:
+                self.state.crop(-tokens_to_remove)
+        for rows, snapshot in [] if self.state is None else self.state.restored:
+            pairs = zip(snapshot.memories[self.layer_idx], self.memory, strict=True)
+            self.memory = type(self.memory)(*(where_rows(rows, old, new) for old, new in pairs))
 
     def offload(self):
         if self.memory is not None:
@@ -221,7 +287,7 @@ class WindowMemoryLayer(CacheLayerMixin):
 
     def prefetch(self):
         if self.memory is not None:
-            device = self.progress.tokens_read.device
+            device = self.state.recent.device
             self.memory = type(self.memory)(*(tensor.to(device) for tensor in self.memory))
 
 
@@ -231,65 +297,53 @@ class StaticWindowMemoryLayer(WindowMemoryLayer):
     _layer_type = None  # in the list of static layers, below
     is_compileable = True
     is_croppable = False
+    state_class = StaticCacheState
 
-    def begin(self, memory, window_length, output, device):
-        super().begin(memory, window_length, output, device)
-        self.progress = Progress(self.progress.tokens_read, None)  # a number is part of the graph
-        self.columns = torch.zeros((), dtype=torch.long, device=device)
+    def begin(self, memory, state, layer_idx):
+        super().begin(memory, state, layer_idx)
         if not torch.compiler.is_compiling():
-            counters = self.progress.tokens_read, self.recent, self.columns
-            for tensor in (*memory, *counters, output):
+            for tensor in (*memory, *(state.tensors if layer_idx == 0 else ())):
                 torch._dynamo.mark_static_address(tensor)
 
-    def store(self, memory, progress, recent, output, columns, full_windows):
-        self._unseal()
+    def store(self, memory, keep_old=False):
+        self._unlock()
         for held, new in zip(self.memory, memory, strict=True):
-            if not _is_there(new, held):
-                held[_leading(new)] = new
-        self.progress.tokens_read.copy_(progress.tokens_read)
-        self.recent.copy_(recent)
-        self.output.copy_(output)
-        self.columns.add_(columns)
+            if not shares_storage(new, held):
+                held[leading_slots(new)] = new
         self.is_initialized = True
 
-    def _unseal(self):
-        # What was made in inference mode may be written to in it alone.
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return
-        if self.columns.is_inference():
-            WindowMemoryLayer._for_all_tensors(self, torch.clone)
-            self.columns = self.columns.clone()
+    def _unlock(self):
+        if any(map(is_locked_inference_tensor, self.memory)):
+            self.memory = type(self.memory)(*map(torch.clone, self.memory))
 
-    def _for_all_tensors(self, function):
-        def stay(leaf):
-            new = function(leaf)
-            return leaf.copy_(new) if new.shape == leaf.shape else new
-
-        super()._for_all_tensors(stay)
+    def map_tensors(self, function):
+        super().map_tensors(lambda tensor: copy_if_equal_shape(tensor, function(tensor)))
 
     def reset(self):
-        if self.memory is not None:
-            self._unseal()
-            self._for_all_tensors(torch.zeros_like)
-            self.recent.fill_(FORGOTTEN)
-            self.columns.zero_()
+        if self.memory is None:
+            return
+        self._unlock()
+        for tensor in self.memory:
+            tensor.zero_()
+        if self.layer_idx == 0:
+            self.state.reset()
 
     def activate_past_recording(self):
-        raise ValueError("a static cache takes nothing back: use the default one")
+        raise ValueError("StaticCache does not support crop(): use the default cache")
 
     def crop(self, tokens_to_remove):
         if tokens_to_remove != 0:
-            raise ValueError("a static cache takes nothing back: use the default one")
+            raise ValueError("StaticCache does not support crop(): use the default cache")
 
 
 STATIC_LAYER_TYPE_MAPPING["window_memory"] = StaticWindowMemoryLayer
-OURS = {WindowMemoryLayer.__name__, StaticWindowMemoryLayer.__name__}
+CACHE_LAYER_CLASSES = {WindowMemoryLayer.__name__, StaticWindowMemoryLayer.__name__}
 
 
 class MelodiCache(DynamicCache):
     """The memory of a model during generation, of fixed size however long the document.
 
-    Give it the model's config: `MelodiCache(model.config)`; then pass it as `cache`.
+    Make it with the model's config, `MelodiCache(model.config)`, and pass it as `cache`.
     """
 
     layers: list[WindowMemoryLayer]  # type: ignore[assignment] # of all kinds in transformers
@@ -313,21 +367,21 @@ class MelodiCache(DynamicCache):
 
         Raises `ValueError` for a cache that has read nothing, `OSError` if nothing can be written.
         """
-        first, extras = self.layers[0], {}
-        if first.recent is not None:
-            forgotten = {f"forgotten.{kind}": n for kind, n in first.progress.forgotten.items()}
-            extras = {"recent": first.recent, "output": first.output} | forgotten
-            if not first.knows_output:
+        extras, state = {}, shared_state(self)
+        if state is not None:
+            extras = {f"forgotten.{kind}": n for kind, n in state.progress.forgotten.items()}
+            extras |= {"recent": state.recent, "output": state.output}
+            if not state.has_last_hidden:
                 extras["knows_output"] = torch.tensor(False)
         save_memory_file(self, path, dtype=dtype, model=model, extras=extras)
 
     @classmethod
     def load(cls, path, device=None, dtype=None, model=None) -> "MelodiCache":
-        """A cache from a file that `save` wrote; a model that reads with it must fit.
+        """Load a cache from a file that `save` wrote; a model that reads with it must fit.
 
-        device: where the tensors go, the CPU unless told otherwise.
+        device: where the tensors go, by default the CPU.
         dtype: of the numbers; None gives each the type that it had when it was saved.
-        model: the one that is to go on: device and dtype default to its own, and it is refused here
+        model: the one that continues: device and dtype default to its own, and it is refused here
             if it does not fit; only so are weights checked, and only if `save` was given a model.
 
         Raises `FileNotFoundError`, and `ValueError` for a file that is damaged, of another kind or
@@ -342,14 +396,18 @@ class MelodiCache(DynamicCache):
         cache = cls.__new__(cls)
         Cache.__init__(cache, layers=[WindowMemoryLayer() for _ in saved.layers])
         cache.config_fields = saved.config
-        for layer, memory in zip(cache.layers, saved.layers, strict=True):
-            layer.memory, layer.window_length = memory, saved.config["window_length"]
-            layer.progress = Progress(saved.tokens_read, saved.fill, forgotten)
-            layer.recent, layer.output = saved.extras["recent"], saved.extras["output"]
-            layer.knows_output = bool(saved.extras.get("knows_output", True))
-            layer.columns = saved.columns
-            layer.is_initialized = True
+        output, recent = saved.extras["output"], saved.extras["recent"]
+        state = CacheState(saved.config["window_length"], output, recent.device)
+        state.progress = Progress(saved.tokens_read, saved.fill, forgotten)
+        state.recent, state.columns = recent, saved.columns
+        state.has_last_hidden = bool(saved.extras.get("knows_output", True))
+        cache._begin(saved.layers, state)
         return cache
+
+    def _begin(self, memories, state):
+        for i, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
+            layer.begin(memory, state, i)
+            layer.is_initialized = True
 
     @classmethod
     def from_memory(cls, memory, model) -> "MelodiCache":
@@ -364,17 +422,16 @@ class MelodiCache(DynamicCache):
         Raises `ValueError` for a memory of another model, and a model with dropout in training
         mode.
         """
-        refuse_dropout(model)
+        check_dropout(model)
         decoder = model.get_decoder()
         cache, held = cls(decoder.config), decoder.to_generation(memory)
-        progress = held.progress
-        device, rows = progress.tokens_read.device, len(progress.tokens_read)
-        output = torch.zeros(rows, 1, decoder.config.hidden_size, dtype=model.dtype, device=device)
-        columns = int(progress.tokens_read.max())
-        for layer, layer_memory in zip(cache.layers, held.layers, strict=True):
-            layer.begin(layer_memory, decoder.config.window_length, output, device)
-            layer.progress, layer.columns, layer.is_initialized = progress, columns, True
-            layer.knows_output = columns == 0
+        tokens_read = held.progress.tokens_read
+        shape = len(tokens_read), 1, decoder.config.hidden_size
+        output = torch.zeros(shape, dtype=model.dtype, device=tokens_read.device)
+        state = CacheState(decoder.config.window_length, output, tokens_read.device)
+        state.progress, state.columns = held.progress, int(tokens_read.max())
+        state.has_last_hidden = state.columns == 0
+        cache._begin(held.layers, state)
         return cache
 
     def to_memory(self, model):
@@ -386,25 +443,24 @@ class MelodiCache(DynamicCache):
         one of a system whose training needs hidden states that generation does not keep (MELODI
         with long-term memory, Compressive Transformer), unless it came from `from_memory`.
         """
-        first, decoder = self.layers[0], model.get_decoder()
-        if first.memory is None:
+        state, decoder = shared_state(self), model.get_decoder()
+        if state is None:
             raise ValueError("the cache has read no token yet: training begins with memory=None")
-        refuse_memory_of(self.config_fields, decoder.config)
-        return decoder.to_training([layer.memory for layer in self.layers], first.progress)
+        check_memory_of(self.config_fields, decoder.config)
+        return decoder.to_training([layer.memory for layer in self.layers], state.progress)
 
     def memory_bytes(self) -> int:
         """Bytes of the memories."""
         return memory_bytes(self)
 
     def clone(self) -> "MelodiCache":
-        """Another one with the same content and without a graph; what one of them reads the other
-        does not know."""
+        """Copy the cache without its graph; the copies are independent."""
         return clone_cache(self)
 
     def detach_(self):
-        """Cut the graph behind everything that is held."""
+        """Detach everything that is held from its graph."""
         for layer in self.layers:
-            layer._for_all_tensors(torch.Tensor.detach)
+            layer.map_tensors(torch.Tensor.detach)
         return self
 
     def to(self, *args, **kwargs):
@@ -415,31 +471,41 @@ class MelodiCache(DynamicCache):
             return tensor.to(*args, **kwargs) if tensor.is_floating_point() else tensor.to(device)
 
         for layer in self.layers:
-            layer._for_all_tensors(move)
+            layer.map_tensors(move)
         return self
 
 
+def shared_state(cache):
+    """Return the `CacheState` of a cache, None if there is no cache or it has read nothing."""
+    layers = getattr(cache, "layers", None)
+    return getattr(layers[0], "state", None) if layers else None
+
+
 def clone_cache(cache):
-    """A copy of a cache of this library that shares no tensor with it."""
-    twin = copy.copy(cache)
+    """Copy a cache of this library; the copy shares no tensor with it and has no graph."""
+
+    def clone(tensor):
+        return tensor.detach().clone()
+
+    twin, state = copy.copy(cache), copy.copy(shared_state(cache))
     twin.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in twin.layers:
-        # Not what a static layer does, which stays where it is.
-        WindowMemoryLayer._for_all_tensors(layer, lambda tensor: tensor.detach().clone())
-        layer.columns = copy.deepcopy(layer.columns)
+    if state is not None:
+        CacheState.map_tensors(state, clone)
+        state.columns = copy.deepcopy(state.columns)
+        for layer in twin.layers:
+            layer.memory, layer.state = type(layer.memory)(*map(clone, layer.memory)), state
     return twin
 
 
 @contextmanager
-def within_windows(cache):
-    """Calls of one token inside take the caller's word that it begins no row's window and closes
-    none: compiled, they have no branch. A static cache knows no more than that by itself."""
-    first = cache.layers[0]
-    first.progress = first.progress._replace(within=True)
+def mid_window(cache):
+    """Promise that calls inside are one token per row that begins and completes no window."""
+    state = shared_state(cache)
+    state.progress = state.progress._replace(is_mid_window=True)
     try:
         yield
     finally:
-        first.progress = first.progress._replace(within=False)
+        state.progress = state.progress._replace(is_mid_window=False)
 
 
 def memory_bytes(cache) -> int:
@@ -469,7 +535,7 @@ def check_cache(cache, num_layers, name="cache"):
             f"model.read_document(...) returned, or nothing"
         )
     kinds = {type(held).__name__ for held in cache.layers}
-    if cache.layers and (not kinds <= OURS or len(cache.layers) != num_layers):
+    if cache.layers and (not kinds <= CACHE_LAYER_CLASSES or len(cache.layers) != num_layers):
         raise ValueError(
             f"the cache holds {len(cache.layers)} layers ({', '.join(sorted(kinds))}) and "
             f"this model has {num_layers}: give MelodiCache(model.config), or nothing (prefix "
@@ -478,7 +544,7 @@ def check_cache(cache, num_layers, name="cache"):
 
 
 def fetch_memory(cache, layers, x):
-    """The memories in a cache and how far its rows have read; an empty cache is given empty ones.
+    """Read the memories in a cache and how far its rows have read.
 
     layers: the model's; x: B T D, whose device, type and batch size an empty cache takes.
     """
@@ -486,55 +552,65 @@ def fetch_memory(cache, layers, x):
     if len(cache.layers) == 0:  # DynamicCache() without a config
         cache.layers = [WindowMemoryLayer() for _ in layers]
     if isinstance(cache, MelodiCache):
-        refuse_memory_of(cache.config_fields, layers[0].config)
+        check_memory_of(cache.config_fields, layers[0].config)
     held_layers = cast(list[WindowMemoryLayer], cache.layers)
     if held_layers[0].memory is None:
-        device = "cpu" if cache.offloading else x.device
-        for held, layer in zip(held_layers, layers, strict=True):
+        device, length = "cpu" if cache.offloading else x.device, layers[0].config.window_length
+        state = held_layers[0].state_class(length, torch.zeros_like(x[:, :1]), x.device)
+        for i, (held, layer) in enumerate(zip(held_layers, layers, strict=True)):
             empty = layer.empty_memory(len(x), device, x.dtype, for_generation=True)
-            held.begin(empty, layer.config.window_length, torch.zeros_like(x[:, :1]), x.device)
-    _refuse_other(cache, layers, x)
+            held.begin(empty, state, i)
+    check_cache_of(cache, layers, x)
     if torch.is_grad_enabled() and not (is_traced() or layers[0].gradient_checkpointing):
-        _refuse_freed_graph(held_layers[0].memory)
+        check_graph(held_layers)
     pairs = zip(layers, held_layers, strict=True)
-    memories = tuple(_in_type(layer, held.memory, x.dtype) for layer, held in pairs)
-    return memories, held_layers[0].progress
+    return tuple(layer.cast(held.memory, x.dtype) for layer, held in pairs), shared_state(
+        cache
+    ).progress
 
 
-def store_memory(cache, memory, plan, output, input_ids, mask):
+def store_memory(cache, memory, plan, records, output, input_ids, mask):
     """Write the memory after a call back into the cache.
 
-    output: B T D; input_ids: B T, or None if embeddings were read; mask: B T, true at tokens, None
-    if all are.
+    records: per layer, a `StepOutput` per step, if snapshots are taken; output: B T D; input_ids:
+    B T, or None if embeddings were read; mask: B T, true at tokens, None if all are.
     """
-    if cache.layers[0].record_past:
-        output = torch.cat((cache.layers[0].output, output.detach()), dim=1)[:, -RECENT:]
+    state, record_past = shared_state(cache), cache.layers[0].record_past
+    if record_past:
+        output = torch.cat((state.output, output.detach()), dim=1)[:, -RECENT:]
     else:
         output = output[:, -1:].detach().clone()  # a view would keep all of it
-    recent = cache.layers[0].recent
+    recent = state.recent
     if input_ids is None:
         input_ids = recent.new_full((len(recent), plan.num_columns), UNKNOWN_ID)
     if mask is not None:
-        input_ids = input_ids.masked_fill(~mask, NOT_AN_ID)
+        input_ids = input_ids.masked_fill(~mask, PADDING_ID)
     recent = torch.cat((recent, input_ids.to(recent.device)), dim=1)[:, -RECENT:]
-    for i, (held, new) in enumerate(zip(cache.layers, memory.layers, strict=True)):
-        full = [_full_window(chunk, held, i) for chunk in plan.chunks if chunk.snapshots]
-        held.store(new, memory.progress, recent, output, plan.num_columns, full)
+    snapshots = take_snapshots(cache, plan, records) if record_past else []
+    state.store(memory.progress, recent, output, plan.num_columns, snapshots)
+    for held, new in zip(cache.layers, memory.layers, strict=True):
+        held.store(new, keep_old=bool(snapshots))
 
 
-def _full_window(chunk, held, layer_idx):
-    # What a chunk remembers of a layer, for all rows of the batch.
-    memory, closing, end = chunk.snapshots[layer_idx], chunk.closing, chunk.end
-    if chunk.rows is not None:
-        pairs = zip(held.memory, memory, strict=True)
-        memory = type(memory)(*(put_rows(old, new, chunk.rows) for old, new in pairs))
-        everyone = torch.zeros_like(held.progress.tokens_read)
-        closing = everyone.bool().index_copy(0, chunk.rows, closing)
-        end = everyone.index_copy(0, chunk.rows, end)
-    return FullWindow(closing, end, memory)
+def take_snapshots(cache, plan, records):
+    """Collect the memories of all layers and rows when windows were full in this call."""
+    snapshots, everyone = [], torch.zeros_like(shared_state(cache).progress.tokens_read)
+    for i, step in enumerate(plan.steps):
+        if not step.closes:
+            continue
+        memories = [join_parts(each[i].snapshot) for each in records]
+        closing, end = step.is_closing, step.tokens_after
+        if step.rows is not None:
+            pairs = zip(cache.layers, memories, strict=True)
+            memories = [step.update_rows(held.memory, held.memory, m) for held, m in pairs]
+            closing = everyone.bool().index_copy(0, step.rows, closing)
+            end = everyone.index_copy(0, step.rows, end)
+        snapshots.append(WindowSnapshot(closing, end, tuple(memories)))
+    return snapshots
 
 
-def _refuse_other(cache, layers, x):
+def check_cache_of(cache, layers, x):
+    """Raise `ValueError` if a cache holds other rows than x or the memory of another model."""
     rows = cache.layers[0].batch_size
     if rows != len(x):
         raise ValueError(
@@ -542,20 +618,23 @@ def _refuse_other(cache, layers, x):
             f"with batch_repeat_interleave or batch_select_indices, or begin with an empty cache"
         )
     for i, (held, layer) in enumerate(zip(cache.layers, layers, strict=True)):
-        free = dict.fromkeys(layer.needed_in_training, 1)
-        refuse_foreign_layer(i, held.memory, layer.memory_shapes(for_generation=True), free)
+        optional = {name: 1 for name, field in layer.carried_items() if field.held_in == "training"}
+        check_layer_memory(i, held.memory, layer.memory_shapes(for_generation=True), optional)
 
 
-def _refuse_freed_graph(memory):
-    """A graph that an earlier backward went through cannot be continued."""
-    if any(_is_freed(tensor.grad_fn) for tensor in memory):
+def check_graph(layers):
+    """Raise `ValueError` for memories whose graph was freed by an earlier backward."""
+    nodes = ([t.grad_fn for t in layer.memory if t.grad_fn is not None] for layer in layers)
+    first = next(filter(None, nodes), [])  # those of other layers are part of the same graph
+    if any(map(is_freed, first)):
         raise ValueError(
             f"the cache holds the graph of a call whose backward has freed it: call "
             f"cache.detach_() after each backward; {CARRY}"
         )
 
 
-def _is_freed(node):
+def is_freed(node):
+    """Whether a backward has freed the graph of a node."""
     # Breadth first, since only nodes that lead to an earlier loss are freed.
     nodes = [node]
     for node in nodes:  # which grows
@@ -568,28 +647,23 @@ def _is_freed(node):
         except RuntimeError as error:
             if "a second time" in str(error):
                 return True
-        nodes += [n for n, _ in node.next_functions if n not in nodes][: NODES - len(nodes)]
+        following = [n for n, _ in node.next_functions if n not in nodes]
+        nodes += following[: MAX_GRAPH_NODES - len(nodes)]
     return False
 
 
-def _in_type(layer, memory, dtype):
-    # A memory may have been read in another precision.
-    if all(tensor.dtype == dtype for tensor in memory):
-        return memory
-    return layer.in_type(memory, dtype)
-
-
-def _choose(rows, old, new):
-    rows = rows.to(new.device).view(-1, *[1] * (new.dim() - 1))
-    return torch.where(rows, widened(old.to(new.dtype), new.shape), new)
-
-
-def _leading(tensor):
+def leading_slots(tensor):
+    """An index of the leading slots of a larger tensor."""
     return tuple(slice(0, size) for size in tensor.shape)
 
 
-def _is_there(new, held):
-    # Nothing changed, or the window was written in place.
+def copy_if_equal_shape(tensor, new):
+    """Write `new` into a tensor of its shape, and return that; otherwise return `new`."""
+    return tensor.copy_(new) if new.shape == tensor.shape else new
+
+
+def shares_storage(new, held):
+    """Whether nothing changed, or was written in place."""
     if new is held:
         return True
     if is_traced() or new.stride() != held.stride():
@@ -597,20 +671,19 @@ def _is_there(new, held):
     return new.data_ptr() == held.data_ptr() and new.dtype == held.dtype
 
 
-def _anew(held, new):
-    return widened(new, held.shape).clone()
+def copy_padded(held, new):
+    """Copy `new` into a tensor of its own, of the shape of `held`."""
+    return pad_to_shape(new, held.shape).clone()
 
 
-def _write(held, new):
-    # The leading slots of a buffer of fixed size; where torch forbids writing there (a graph, a
-    # buffer made in inference mode), a new one takes its place.
-    if _is_there(new, held):
+def write_leading_slots(held, new):
+    """Write `new` into the leading slots of `held`, or, where torch forbids it, make a new one."""
+    if shares_storage(new, held):
         return held
     has_graph = new.requires_grad or held.requires_grad
-    is_sealed = not torch.compiler.is_compiling() and held.is_inference()
-    is_sealed = is_sealed and not torch.is_inference_mode_enabled()
     moved = new.dtype != held.dtype or new.device != held.device
-    if has_graph or is_sealed or moved or is_transformed() or new.shape == held.shape:
-        return widened(new, held.shape)
-    held[_leading(new)] = new
+    is_locked = is_locked_inference_tensor(held) or is_transformed()
+    if has_graph or moved or is_locked or new.shape == held.shape:
+        return pad_to_shape(new, held.shape)
+    held[leading_slots(new)] = new
     return held

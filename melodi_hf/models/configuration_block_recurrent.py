@@ -1,56 +1,92 @@
-"""Sizes of the Block-Recurrent Transformer that the MELODI paper compares itself with."""
+"""Configuration of the Block-Recurrent Transformer, a baseline of the MELODI paper."""
 
-from .configuration_decoder import DecoderConfig, require_at_least, validated
+from .configuration_decoder import (
+    DecoderConfig,
+    require_at_least,
+    require_existing_layers,
+    require_one_of,
+    validated,
+)
 
-GATES = ("fixed", "lstm", "full")
-GATE_CONFIGURATIONS = ("skip", "single", "dual")
+CHOICES = {
+    "gate": ("fixed", "lstm", "full"),
+    "gate_configuration": ("skip", "single", "dual"),
+}
+GATE_MATRICES = {"fixed": 0, "full": 1, "lstm": 2}  # besides that of the new values
 
 
 @validated
 class BlockRecurrentConfig(DecoderConfig):
-    """A sliding-window Transformer-XL of which some layers carry a state. The defaults are the
-    paper's best, fixed:skip, with 12 layers; with 24 its recurrent layers are (9, 19)."""
+    """A sliding-window Transformer-XL in which some layers carry a state.
+
+    The defaults are the best variant of the paper, fixed:skip, with 12 layers; with 24 layers its
+    recurrent layers are (9, 19).
+    """
 
     model_type = "block_recurrent"
 
     recurrent_layers: tuple[int, ...] | list[int] = (9,)  # indices, from 0
     num_state_vectors: int = 512  # per recurrent layer
-    gate: str = "fixed"  # or "lstm"; "full" is in the released code alone
-    gate_configuration: str = "skip"  # or "single", "dual": how many gates, and around what
-    # True as released: the state reads the window before the one that closes, too.
+    gate: str = "fixed"  # or "lstm", or "full", which only the released code has
+    gate_configuration: str = "skip"  # or "single", "dual": number and position of the gates
+    # True as released: the state attends to the last two windows; False, as in the paper: to one.
     state_reads_previous_window: bool = True
 
     @property
     def tokens_carried(self) -> int:
-        """Tokens before a window whose keys and values a layer holds."""
+        """Number of tokens before a window whose keys and values a layer stores."""
         return self.window_length
 
     def validate_architecture(self):
         super().validate_architecture()
         require_at_least(self, 1, ("num_state_vectors",))
-        for name, known in (("gate", GATES), ("gate_configuration", GATE_CONFIGURATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(known)}"
-                )
-        layers = list(self.recurrent_layers)
-        beyond = [i for i in layers if not 0 <= i < self.num_hidden_layers]
-        if beyond:
-            raise ValueError(
-                f"recurrent_layers {beyond} do not exist: the model has {self.num_hidden_layers} "
-                f"layers, 0 to {self.num_hidden_layers - 1}; name some of these, or () for none"
-            )
-        if len(set(layers)) < len(layers):
-            raise ValueError(f"recurrent_layers {layers} names a layer twice: name each once")
+        require_one_of(self, CHOICES)
+        require_existing_layers(self, "recurrent_layers", self.recurrent_layers)
+
+    def keys_attended(self, slot, filled=None) -> int:
+        states = len(self.recurrent_layers) * self.num_state_vectors
+        return self.num_hidden_layers * self.window_length + states
+
+    @property
+    def state_weights(self) -> int:
+        """Number of weights of attention from tokens to states: queries and output."""
+        return len(self.recurrent_layers) * 2 * self.hidden_size * self.attention_size
+
+    def body_products(self, num_tokens, filled=None) -> int:
+        return super().body_products(num_tokens, filled) + num_tokens * self.state_weights
+
+    def window_products(self, filled=None) -> tuple[int, int]:
+        # Start: keys and values of the state. End: its queries, attention and update.
+        windows = 2 if self.state_reads_previous_window else 1
+        seen = self.num_state_vectors + windows * self.window_length
+        projections = self.num_state_vectors * self.state_weights
+        end = 2 * seen * self.attention_size + self._update_products()
+        states = len(self.recurrent_layers) * self.num_state_vectors
+        return projections, projections + states * end
+
+    def _update_products(self):
+        # Of one state vector, from the output of attention to the next state, with gates.
+        hidden, found, width = self.hidden_size, 2 * self.attention_size, self.intermediate_size
+        matrices = 1 + GATE_MATRICES[self.gate]
+        return {
+            "skip": found * hidden * matrices,
+            "single": found * width + width * hidden * matrices,
+            "dual": (found + width) * hidden * matrices + hidden * width,
+        }[self.gate_configuration]
+
+    def cached_states(self) -> tuple[int, int]:
+        return 0, len(self.recurrent_layers) * self.num_state_vectors * self.hidden_size
+
+    def decoding_bytes(self, slot, bytes_per_number) -> int:
+        weights = self.state_weights * bytes_per_number
+        return super().decoding_bytes(slot, bytes_per_number) + weights
 
     def memory_floats(self) -> int:
-        """Floats per row: keys and values of one window in every layer, and the states, 2·N·W·d +
-        n·d for each recurrent layer. With the defaults these are 13.1M, which arXiv 2410.03156v1
-        prints, the state and twelve windows.
+        """Count the floats per row: 2·N·W·d for the windows, and n·d for each recurrent layer.
 
-        The poster of that paper prints 12.1M, the state and eleven windows: presumably without keys
-        and values of the recurrent layer, which the released code holds and reads.
+        The defaults give 13.1M, as printed in arXiv 2410.03156v1: the state and twelve windows. The
+        poster of that paper prints 12.1M, the state and eleven windows: presumably without keys and
+        values of the recurrent layer, which the released code has.
         """
-        per_token = 2 * self.num_attention_heads * self.head_dim
-        windows = self.num_hidden_layers * self.tokens_carried * per_token
+        windows = self.num_hidden_layers * self.tokens_carried * 2 * self.attention_size
         return windows + len(self.recurrent_layers) * self.num_state_vectors * self.hidden_size

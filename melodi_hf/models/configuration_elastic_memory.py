@@ -1,27 +1,34 @@
-"""Sizes of an Elastic Memory."""
+"""Configuration of an Elastic Memory."""
 
-from .configuration_decoder import DecoderConfig, require_at_least, validated
+from .configuration_decoder import (
+    DecoderConfig,
+    require_at_least,
+    require_existing_layers,
+    require_one_of,
+    validated,
+)
 
-OTHER_LAYERS = ("block", "sliding")
-SAMPLINGS = ("uniform", "exponential")
+CHOICES = {"other_layers": ("block", "sliding"), "sampling": ("uniform", "exponential")}
 
 
 @validated
 class ElasticMemoryConfig(DecoderConfig):
-    """Blocks of `window_length` tokens; the layers with a memory hold the keys and values of the
-    whole past as `memory_order` coefficients per channel. What the paper's text is not known to
-    say is marked as ours."""
+    """A model of blocks of `window_length` tokens, in which some layers have a memory.
+
+    It stores the keys and values of the whole past as `memory_order` coefficients per channel.
+    Choices that our sources leave open are marked as ours.
+    """
 
     model_type = "elastic_memory"
-    free_fields = ("sampling",)  # how a memory is looked at, which leaves it as it is
+    free_fields = ("sampling",)  # attention to the memory, not the memory itself
 
     window_length: int = 2048  # tokens
     memory_layers: tuple[int, ...] | list[int] | None = None  # indices; None: every third (ours)
     memory_order: int = 540  # coefficients per channel; the paper goes up to 8640
     num_memory_samples: int = 512  # points of the past that a block attends to (ours)
-    sampling: str = "uniform"  # or "exponential", where they lie; their formulas are ours
-    other_layers: str = "block"  # what they see: their block, or "sliding", W tokens back (ours)
-    mask_empty_memory: bool = True  # the first block sees no memory
+    sampling: str = "uniform"  # or "exponential": the points; their formulas are ours
+    other_layers: str = "block"  # attend to their block, or "sliding": to W tokens (ours)
+    mask_empty_memory: bool = True  # the first block has no memory
 
     @property
     def layers_with_memory(self) -> tuple[int, ...]:
@@ -32,33 +39,36 @@ class ElasticMemoryConfig(DecoderConfig):
 
     @property
     def tokens_carried(self) -> int:
-        """Tokens before a block whose keys and values the other layers hold."""
+        """Number of tokens before a block whose keys and values the other layers store."""
         return self.window_length if self.other_layers == "sliding" else 0
 
     def validate_architecture(self):
         super().validate_architecture()
         require_at_least(self, 1, ("memory_order", "num_memory_samples"))
-        for name, allowed in (("other_layers", OTHER_LAYERS), ("sampling", SAMPLINGS)):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(
-                    f"{name} is {value!r}: it must be {' or '.join(map(repr, allowed))}"
-                )
-        layers = self.layers_with_memory
-        beyond = [i for i in layers if not 0 <= i < self.num_hidden_layers]
-        if beyond:
-            raise ValueError(
-                f"memory_layers {beyond} do not exist: the model has {self.num_hidden_layers} "
-                f"layers, 0 to {self.num_hidden_layers - 1}; name some of these, or () for no "
-                f"memory"
-            )
-        if len(set(layers)) < len(layers):
-            raise ValueError(f"memory_layers {list(layers)} names a layer twice: name each once")
+        require_one_of(self, CHOICES)
+        require_existing_layers(self, "memory_layers", self.layers_with_memory)
 
-    def memory_floats(self) -> int:
-        """Floats per row: the coefficients of keys and values in each layer that has a memory, and
-        what sliding layers carry."""
-        per_token = 2 * self.num_attention_heads * self.head_dim
+    def keys_attended(self, slot, filled=None) -> int:
+        samples = self.num_memory_samples if filled is None else filled
         with_memory = len(self.layers_with_memory)
         without = self.num_hidden_layers - with_memory
-        return per_token * (with_memory * self.memory_order + without * self.tokens_carried)
+        return with_memory * (samples + slot) + without * max(slot, self.tokens_carried)
+
+    def window_products(self, filled=None) -> tuple[int, int]:
+        # Start: the past is reconstructed. End: the coefficients are updated. The matrices are
+        # shared by all layers and documents, so computing them is not counted.
+        order, with_memory = self.memory_order, len(self.layers_with_memory)
+        per_coefficient = with_memory * 2 * self.attention_size * order
+        end = per_coefficient * (order + self.window_length)
+        return per_coefficient * self.num_memory_samples, end
+
+    def cached_states(self) -> tuple[int, int]:
+        coefficients = len(self.layers_with_memory) * self.memory_order
+        return 0, coefficients * 2 * self.attention_size
+
+    def memory_floats(self) -> int:
+        """Count the floats per row: coefficients, and the windows of sliding layers."""
+        with_memory = len(self.layers_with_memory)
+        without = self.num_hidden_layers - with_memory
+        slots = with_memory * self.memory_order + without * self.tokens_carried
+        return slots * 2 * self.attention_size

@@ -1,23 +1,25 @@
-"""A history of any length as N numbers per channel: HiPPO-LegS (Gu et al., 2020, arXiv 2008.07669).
+"""A history of any length as N numbers per channel: HiPPO-LegS.
 
-A signal f on (0, t] is squeezed onto (0, 1], 1 being now, and projected on Legendre polynomials:
+Reference: Gu et al., 2020, arXiv 2008.07669.
+
+A signal f on (0, t] is scaled to (0, 1], where 1 is now, and projected on Legendre polynomials:
 
     φ_n(x) = √(2n+1) P_n(2x - 1)      c_n(t) = ∫ f(t x) φ_n(x) dx      f(t x) ≈ Σ c_n φ_n(x)
 
-A token is a piece of length 1 on which f is constant. What was read up to t0 and a block of tokens
-up to t1 then give the coefficients at t1 exactly, without a step of a differential equation, since
-a polynomial on (0, t0] is projected anew by an integral and a token's piece by its primitive:
+A token is an interval of length 1 on which f is constant. The coefficients at t0 and a block of
+tokens up to t1 then give the coefficients at t1 exactly, without a step of a differential equation:
+a polynomial on (0, t0] is projected again by an integral, and a token by its primitive:
 
     c(t1) = P c(t0) + K f                   P = r ∫ φ(r u) φ(u)ᵀ du        r = t0 / t1
                                             K_j = Φ(x_j) - Φ(x_{j-1})      x_j = (t0 + j) / t1
 
 with Φ the primitive of φ, zero at 0. Integrals are sums over Gauss-Legendre nodes, which are exact
 for polynomials, and a polynomial at any x is interpolated from its values at the nodes (barycentric
-formula; Berrut & Trefethen, 2004, §4), so that no bank needs a loop over n or over tokens. P keeps
-lengths or shortens them (its norm is √r): rounding errors die out, whatever the length.
+formula; Berrut & Trefethen, 2004, §4), so the matrices ("banks") P, K and φ(x) need no loop over n
+or over tokens. The norm of P is √r <= 1: rounding errors decay, whatever the length.
 
-Banks are computed in float64. They depend on nothing but their arguments, so those of one window
-are made once for all layers and documents and kept as long as there is room.
+Banks are computed in float64. They depend only on their arguments, so all layers and documents
+share those of one window, which are cached.
 """
 
 import math
@@ -29,25 +31,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tracing import is_traced
+from .configuration_decoder import require
+from .kernels import is_traced
 
 NEWTON_STEPS = 8
-ROOM = 2**28  # bytes of banks that are kept
+CACHE_BYTES = 2**28  # of cached banks
 
 
 class Transition(NamedTuple):
-    """From the coefficients before a block of tokens to those after it: P c + K f."""
+    """Matrices of the update with a block of tokens: c -> P c + K f."""
 
-    past: Tensor  # ... N N
-    block: Tensor  # ... N W
+    past: Tensor  # P, ... N N
+    block: Tensor  # K, ... N W
 
 
 # Polynomials at the nodes
 
 
-def _differences(below_one, count):
-    """P_0 to P_{count-1} at 1 - `below_one`, by recurrence over their differences, which loses no
-    digit near 1. Returns count M."""
+def _legendre_below_one(below_one, count):
+    """Compute P_0 to P_{count-1} at 1 - below_one: count M.
+
+    The recurrence is over their differences, which loses no digit near 1.
+    """
     value, difference, rows = torch.ones_like(below_one), torch.zeros_like(below_one), []
     for n in range(count):
         rows.append(value)
@@ -62,98 +67,102 @@ def _upper_nodes(count):
     angle = math.pi * (k - 0.25) / (count + 0.5)
     for _ in range(NEWTON_STEPS):
         below_one = 2 * (angle / 2).sin().square()
-        before, value = _differences(below_one, count + 1)[-2:]
-        slope = -count * (before - value + below_one * value) / angle.sin()  # dP/dangle
+        previous, value = _legendre_below_one(below_one, count + 1)[-2:]
+        slope = -count * (previous - value + below_one * value) / angle.sin()  # dP/dangle
         angle = angle - value / slope
     return angle, 2 / slope.square()
 
 
 class Nodes(NamedTuple):
-    """Gauss-Legendre nodes on (0, 1), ascending, and what is known there, in float64."""
+    """Gauss-Legendre nodes on (0, 1), ascending, and values at each, in float64."""
 
-    place: Tensor  # M
+    x: Tensor  # M
     weight: Tensor  # M, of the integral
-    barycentric: Tensor  # M, of the interpolation, up to a factor
+    barycentric: Tensor  # M, weight of the interpolation, up to a factor
     basis: Tensor  # M N, φ
     primitive: Tensor  # M N, Φ
 
 
 @lru_cache(maxsize=8)
-def nodes(order, device=torch.device("cpu")) -> Nodes:  # noqa: B008
-    """N+1 nodes, as the primitive of φ_{N-1} needs them for its interpolation."""
+def gauss_legendre_nodes(order, device=torch.device("cpu")) -> Nodes:  # noqa: B008
+    """Compute N+1 nodes, as many as the interpolation of the primitive of φ_{N-1} needs."""
     if device.type != "cpu":
         with torch.inference_mode(False):
-            return Nodes(*(tensor.to(device) for tensor in nodes(order)))
+            return Nodes(*(tensor.to(device) for tensor in gauss_legendre_nodes(order)))
     count = order + 1
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         angle, weight = _upper_nodes(count)
-        upper = _differences(2 * (angle / 2).sin().square(), count)
-        mirrored = slice(0, count // 2)  # the node in the middle of an odd number is there once
+        upper = _legendre_below_one(2 * (angle / 2).sin().square(), count)
+        mirrored = slice(0, count // 2)  # the middle node of an odd number is not mirrored
         sign = (-1.0) ** torch.arange(count, dtype=torch.float64)
         legendre = torch.cat((upper[:, mirrored] * sign[:, None], upper.flip(1)), dim=1)  # N+1 M
         angle, weight = (torch.cat((t[mirrored], t.flip(0))) for t in (angle, weight))
         sine, below = angle.sin(), (angle / 2).sin().square()
-        place = torch.where(torch.arange(count) < count // 2, below, (angle / 2).cos().square())
-        size = torch.arange(1, 2 * order, 2, dtype=torch.float64).sqrt()[:, None]  # √(2n+1)
-        primitive = torch.cat((2 * place[None], legendre[2:] - legendre[:-2]))[:order]
+        x = torch.where(torch.arange(count) < count // 2, below, (angle / 2).cos().square())
+        factor = torch.arange(1, 2 * order, 2, dtype=torch.float64).sqrt()[:, None]  # √(2n+1)
+        primitive = torch.cat((2 * x[None], legendre[2:] - legendre[:-2]))[:order]
         return Nodes(
-            place,
+            x,
             weight / 2,
             sign * weight.sqrt() * sine,
-            (legendre[:order] * size).T.contiguous(),
-            (primitive / (2 * size)).T.contiguous(),
+            (legendre[:order] * factor).T.contiguous(),
+            (primitive / (2 * factor)).T.contiguous(),
         )
 
 
-def where_exact(device):
-    """Where banks are made that are needed on a device: there, if it knows float64."""
+def float64_device(device):
+    """Return the device on which banks for `device` are computed: the CPU if it lacks float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-# Banks. known: `nodes`, on the device of the other arguments.
+# Banks. nodes: `Nodes` on the device of the other arguments.
 
 
-def interpolation(x, known):
-    """x: ... in [0, 1], float64 -> ... M, what the values of a polynomial at the nodes count for
-    its value at x."""
-    distance = x[..., None] - known.place
-    here = distance == 0
-    share = known.barycentric / distance.masked_fill(here, 1)
-    share = torch.where(here.any(-1, keepdim=True), here.to(share.dtype), share)
+def interpolation(x, nodes):
+    """Compute the weights with which values at the nodes give a polynomial's value at x.
+
+    x: ... in [0, 1], float64. Returns ... M.
+    """
+    distance = x[..., None] - nodes.x
+    is_node = distance == 0
+    share = nodes.barycentric / distance.masked_fill(is_node, 1)
+    share = torch.where(is_node.any(-1, keepdim=True), is_node.to(share.dtype), share)
     return share / share.sum(-1, keepdim=True)
 
 
-def basis(x, known) -> Tensor:
-    """φ at x: ... -> ... N. The reconstruction at x is its product with the coefficients."""
-    return interpolation(x, known) @ known.basis
+def basis(x, nodes) -> Tensor:
+    """Compute φ at x: ... -> ... N. Its product with the coefficients reconstructs f at x."""
+    return interpolation(x, nodes) @ nodes.basis
 
 
-def transition(tokens_read, length, known) -> Transition:
-    """How the coefficients change with a block of `length` tokens behind `tokens_read` (..., an
-    integer each), in float64."""
+def transition(tokens_read, length, nodes) -> Transition:
+    """Compute the update with a block of `length` tokens that follows `tokens_read` tokens.
+
+    tokens_read: ..., integers. Returns matrices in float64.
+    """
     start = tokens_read.double()
     end = start + length
     ratio = start / end
-    squeezed = basis(ratio[..., None] * known.place, known)  # ... M N
-    weighted = known.basis * known.weight[:, None]
-    past = ratio[..., None, None] * (squeezed.transpose(-1, -2) @ weighted)
+    scaled = basis(ratio[..., None] * nodes.x, nodes)  # ... M N
+    weighted = nodes.basis * nodes.weight[:, None]
+    past = ratio[..., None, None] * (scaled.transpose(-1, -2) @ weighted)
     borders = torch.arange(length + 1, device=start.device)
     x = (start[..., None] + borders) / end[..., None]
-    primitive = interpolation(x, known) @ known.primitive
+    primitive = interpolation(x, nodes) @ nodes.primitive
     return Transition(past, primitive.diff(dim=-2).transpose(-1, -2))
 
 
-# Points of the past: tokens_read, R integers of 1 or more -> R num_samples
+# Points of the past at which it is reconstructed. tokens_read: R integers, 1 or more.
 
 
 def uniform(num_samples, tokens_read):
-    """Points spread evenly over the past (ours)."""
+    """Spread the points evenly over the past (ours): R num_samples."""
     number = torch.arange(num_samples, dtype=torch.float64, device=tokens_read.device)
     return ((number + 0.5) / num_samples).expand(*tokens_read.shape, -1)
 
 
 def exponential(num_samples, tokens_read):
-    """Points whose ages grow by a constant factor, from the newest token to the oldest (ours)."""
+    """Let the age grow by a constant factor from the newest token to the oldest (ours)."""
     number = torch.arange(num_samples, dtype=torch.float64, device=tokens_read.device)
     tokens_read = tokens_read.double()[..., None]
     age = tokens_read ** ((num_samples - 1 - number) / max(1, num_samples - 1))
@@ -163,85 +172,101 @@ def exponential(num_samples, tokens_read):
 SAMPLINGS = {"uniform": uniform, "exponential": exponential}
 
 
-# What is kept
+# Cached banks
 
 
-class Kept:
-    """Results of functions, the newest of them, as far as they find room."""
+class LruCache:
+    """The most recently used results of functions, up to a number of bytes."""
 
-    def __init__(self, room):
-        self.room, self.bytes, self.results = room, 0, OrderedDict()
-        self.lock = Lock()  # several may read at once, as in a server
+    def __init__(self, max_bytes):
+        self.max_bytes, self.bytes, self.results = max_bytes, 0, OrderedDict()
+        self.lock = Lock()  # a server may read from several threads
 
     def get(self, key, make):
-        """The tensors made by `make()` for a key."""
+        """Return the tensors for a key, computed by `make()` if they are not cached."""
         with self.lock:
             if key not in self.results:
-                with torch.inference_mode(False), torch.no_grad():  # for all calls to come
+                # Ordinary tensors, which later calls with gradients can use.
+                with torch.inference_mode(False), torch.no_grad():
                     self.results[key] = make()
-                self.bytes += size_of(self.results[key])
+                self.bytes += num_bytes(self.results[key])
             self.results.move_to_end(key)
-            while len(self.results) > 1 and self.bytes > self.room:
+            while len(self.results) > 1 and self.bytes > self.max_bytes:
                 _, oldest = self.results.popitem(last=False)
-                self.bytes -= size_of(oldest)
+                self.bytes -= num_bytes(oldest)
             return self.results[key]
 
 
-def size_of(tensors):
+def num_bytes(tensors):
+    """Sum the sizes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-KEPT = Kept(ROOM)
+BANKS = LruCache(CACHE_BYTES)
 
 
-def kept_transition(tokens_read, length, known, like) -> Transition:
-    """`transition` in the type and on the device of `like`; tokens_read: an integer, or a tensor
-    (R,) of a graph that is being captured."""
+def cached_transition(tokens_read, length, nodes, like) -> Transition:
+    """Return `transition`, cached, with the dtype and the device of `like`.
+
+    tokens_read: an integer, or a tensor (R,) while a graph is traced; then nothing is cached.
+    """
 
     def make():
-        start = torch.as_tensor(tokens_read, device=known.place.device)
-        return Transition(*(tensor.to(like) for tensor in transition(start, length, known)))
+        start = torch.as_tensor(tokens_read, device=nodes.x.device)
+        return Transition(*(tensor.to(like) for tensor in transition(start, length, nodes)))
 
     if isinstance(tokens_read, Tensor):
         return make()
-    order = known.basis.shape[1]
-    return KEPT.get((tokens_read, length, order, like.device, like.dtype), make)
+    order = nodes.basis.shape[1]
+    return BANKS.get((tokens_read, length, order, like.device, like.dtype), make)
 
 
-def kept_basis(points, num_samples, tokens_read, known, like) -> Tensor:
-    """`basis` at the points of the past that a function chooses, ... num_samples N, in the type and
-    on the device of `like`; tokens_read as above."""
+def cached_basis(points, num_samples, tokens_read, nodes, like) -> Tensor:
+    """Return `basis` at the points that a function chooses, cached: ... num_samples N.
+
+    points: as `uniform`; tokens_read, like: as in `cached_transition`.
+    """
     if isinstance(tokens_read, Tensor):
-        return basis(points(num_samples, tokens_read), known).to(like)
+        return basis(points(num_samples, tokens_read), nodes).to(like)
     x = points(num_samples, torch.tensor(tokens_read)).double().cpu()
-    refuse_other_points(x, num_samples, tokens_read)
-    key = (x.numpy().tobytes(), known.basis.shape[1], like.device, like.dtype)
-    return KEPT.get(key, lambda: (basis(x.to(known.place.device), known).to(like),))[0]
+    check_points(x, num_samples, tokens_read)
+    key = (x.numpy().tobytes(), nodes.basis.shape[1], like.device, like.dtype)
+    return BANKS.get(key, lambda: (basis(x.to(nodes.x.device), nodes).to(like),))[0]
 
 
-def refuse_other_points(x, num_samples, tokens_read):
-    """Points of a function that a user gave lie in the past."""
-    if x.shape != (num_samples,) or not ((x > 0) & (x <= 1)).all():
-        raise ValueError(
-            f"the sampling gave points of shape {tuple(x.shape)} between {float(x.min()):g} and "
-            f"{float(x.max()):g} after {tokens_read} tokens: it must give num_memory_samples="
-            f"{num_samples} numbers greater than 0, the first token, and at most 1, now"
-        )
+def check_points(x, num_samples, tokens_read):
+    """Check that the points of a user's function lie in the past."""
+    require(
+        x.shape == (num_samples,) and ((x > 0) & (x <= 1)).all(),
+        f"the sampling gave points of shape {tuple(x.shape)} between {float(x.min()):g} and "
+        f"{float(x.max()):g} after {tokens_read} tokens: it must give num_memory_samples="
+        f"{num_samples} numbers greater than 0, the first token, and at most 1, now",
+    )
 
 
-def together(run, tokens_read, *tensors):
-    """`run(tokens read, *rows)` for the rows of `tensors` that have read equally much; rows come
-    back in their order. tokens_read: R; one of those, a tensor (R,) while a graph is captured."""
+def group_by_position(run, tokens_read, *tensors):
+    """Call `run(tokens_read, *tensors)` once for the rows that have read equally many tokens.
+
+    Args:
+        run: a function of an integer and rows of the tensors, which returns tensors of as many
+            rows. While a graph is traced it is called once, with the tensor `tokens_read`.
+        tokens_read: R.
+        tensors: R ...
+
+    Returns:
+        The results for all rows, in their order.
+    """
     if is_traced() or tokens_read.is_meta:
         return run(tokens_read, *tensors)
     read = tokens_read.tolist()
-    if len(set(read)) == 1:
-        return run(read[0], *tensors)
-    groups = [[row for row, r in enumerate(read) if r == one] for one in sorted(set(read))]
+    values = sorted(set(read))
+    if len(values) == 1:
+        return run(values[0], *tensors)
+    groups = [[row for row, r in enumerate(read) if r == value] for value in values]
     index = [torch.tensor(rows, device=tokens_read.device) for rows in groups]
     parts = [
-        run(one, *(t.index_select(0, rows) for t in tensors))
-        for one, rows in zip(sorted(set(read)), index, strict=True)
+        run(value, *(t.index_select(0, rows) for t in tensors))
+        for value, rows in zip(values, index, strict=True)
     ]
     order = torch.cat(index).argsort()
-    return tuple(torch.cat(made).index_select(0, order) for made in zip(*parts, strict=True))
+    return tuple(torch.cat(part).index_select(0, order) for part in zip(*parts, strict=True))

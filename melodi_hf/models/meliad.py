@@ -1,8 +1,8 @@
-"""Models of the released JAX code (google-research/meliad, commit cc1aef5), read and written.
+"""Conversion of models of the released JAX code (google-research/meliad, commit cc1aef5).
 
-A file holds flax parameter names joined by "/" under the prefix `params/`, and the sizes of the
-model as JSON in its metadata under `config`. flax kernels are [in, out], the transpose of torch's.
-Which system it is follows from the parameter names.
+A safetensors file has tensors under flax parameter names, joined by "/" with the prefix `params/`,
+and the sizes of the model as JSON in its metadata `config`. flax kernels are [in, out], torch's
+weights the transpose. The parameter names determine the system.
 """
 
 import json
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 from .configuration_block_recurrent import BlockRecurrentConfig
+from .configuration_decoder import require
 from .configuration_melodi import MelodiConfig
 from .configuration_memorizing_transformer import MemorizingTransformerConfig
 from .configuration_transformer_xl import TransformerXLConfig
@@ -20,9 +21,9 @@ from .modeling_block_recurrent import BlockRecurrentForCausalLM
 from .modeling_melodi import MelodiForCausalLM
 from .modeling_memorizing_transformer import MemorizingTransformerForCausalLM
 from .modeling_transformer_xl import TransformerXLForCausalLM
-from .refusals import refuse_infinite_weights
+from .validation import check_finite_weights
 
-# The names of a layer: ours, theirs below the layer's prefix, and whether it is a kernel.
+# Parameter names of a layer: ours, and those of the released code after the prefix of the layer.
 ATTENTION = (
     ("input_layernorm.weight", "tbase/pre_attn_layernorm/scale"),
     ("self_attn.q_proj.weight", "tbase/_kvq/queries_layer/kernel"),
@@ -73,7 +74,7 @@ STATE = (
     ("state_queries_to_tokens.temperature.weight", "recurrent_tbase/attention_scale2"),
     ("state_update.norm.weight", "recurrent_tbase/pre_ffn_layernorm/scale"),
 )
-# The parts of the state's update that end in a gate, by our names: theirs.
+# Blocks of the state update that end in a gate: our prefix -> that of the released code.
 GATED = {
     "skip": {"": "post_attn_mlp"},
     "single": {"": "ffn"},
@@ -98,48 +99,49 @@ OUTSIDE_LAYERS = (
 
 
 def from_meliad(path):
-    """The model of a file of the released code, in float32 and evaluation mode.
+    """Load a model of the released code, in float32 and evaluation mode.
 
-    Raises `ValueError` for a file that is damaged, of a system that is not here, or whose
-    parameters are not those of its own sizes.
+    Raises:
+        ValueError: the file is damaged, holds a system that is not implemented here, or its
+            parameters do not match its sizes.
     """
     sizes, weights = _read(Path(path))
     try:
         model = _build(sizes, weights, path)
     except KeyError as error:
         raise ValueError(f"{path}: the sizes in its metadata lack {error}") from error
-    expected = from_names(model.config)
-    state = {ours: _transposed(theirs, weights.get(theirs)) for ours, theirs in expected.items()}
-    missing = [theirs for ours, theirs in expected.items() if state[ours] is None]
-    unknown = sorted(n for n in weights.keys() - expected.values() if weights[n].numel())
-    if missing or unknown:
-        raise ValueError(
-            f"{path} does not hold the parameters that its sizes ask for: missing {missing[:3]}, "
-            f"unknown {unknown[:3]}; it was written by another version or is incomplete"
-        )
+    names = parameter_names(model.config)
+    missing = [theirs for theirs in names.values() if theirs not in weights]
+    unknown = sorted(n for n in weights.keys() - names.values() if weights[n].numel())
+    require(
+        not [*missing, *unknown],
+        f"{path} does not hold the parameters that its sizes ask for: missing {missing[:3]}, "
+        f"unknown {unknown[:3]}; it was written by another version or is incomplete",
+    )
+    state = {ours: _transpose_kernel(theirs, weights[theirs]) for ours, theirs in names.items()}
     own = model.state_dict()
     for ours, tensor in state.items():
-        if tensor.shape != own[ours].shape:
-            raise ValueError(
-                f"{path}: {expected[ours]} has shape {tuple(tensor.shape)} (as a torch weight), "
-                f"its sizes ask for {tuple(own[ours].shape)}"
-            )
-    refuse_infinite_weights(state.items(), path)
+        require(
+            tensor.shape == own[ours].shape,
+            f"{path}: {names[ours]} has shape {tuple(tensor.shape)} (as a torch weight), "
+            f"its sizes ask for {tuple(own[ours].shape)}",
+        )
+    check_finite_weights(state.items(), path)
     model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
     return model.eval()
 
 
 def to_meliad(tensors, config):
-    """Rename tensors by our parameter names (weights or gradients) to the released code's."""
+    """Convert tensors under our parameter names (weights or gradients) to the released code."""
     return {
-        theirs: _transposed(theirs, tensors[ours])
-        for ours, theirs in from_names(config).items()
+        theirs: _transpose_kernel(theirs, tensors[ours])
+        for ours, theirs in parameter_names(config).items()
         if ours in tensors
     }
 
 
-def from_names(config):
-    """Our parameter names -> those of the released code, for all parameters of a model."""
+def parameter_names(config):
+    """Map our names of all parameters of a model to those of the released code."""
     stack = "melodi_layers_{}/melodi_layer/" if config.model_type == "melodi" else "transformer{}/"
     names = dict(OUTSIDE_LAYERS)
     inner = (*ATTENTION, *FEED_FORWARD[config.mlp_bias], *MIXERS, *GATES)
@@ -152,7 +154,7 @@ def from_names(config):
             for part, prefix in layers
             for ours, theirs in inner
         }
-    if config.model_type == "block_recurrent":  # another class of the released code
+    if config.model_type == "block_recurrent":  # the released code has another class for it
         names = {ours: _without_stack(theirs) for ours, theirs in names.items()}
     with torch.device("meta"):
         own = AutoModelForCausalLM.from_config(config).state_dict()
@@ -160,7 +162,7 @@ def from_names(config):
 
 
 def _update_names(config):
-    # Of the parameters with which a recurrent layer makes its next state.
+    # Names of the parameters of the state update of a recurrent layer.
     gates = CONTENT_GATES.get(config.gate, {}).items()
     content = ((f"gate.{ours}.weight", f"{theirs}/kernel") for ours, theirs in gates)
     biases = ((f"gate.{ours}.bias", f"{theirs}/bias") for ours, theirs in gates)
@@ -178,20 +180,19 @@ def _without_stack(name):
 
 
 def _read(path):
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file: give the path of a .safetensors file")
+    require(path.is_file(), f"{path} is not a file: give the path of a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            config = (file.metadata() or {}).get("config")
+            config = (file.metadata() or {}).get("config", "")
             names = [name for name in file.keys() if name.startswith("params/")]  # noqa: SIM118
             weights = {name.removeprefix("params/"): file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
-    if config is None or not weights:
-        raise ValueError(
-            f"{path} is not a model of the released code: it needs tensors under params/ and its "
-            f"sizes as JSON in the metadata `config`"
-        )
+    require(
+        config and weights,
+        f"{path} is not a model of the released code: it needs tensors under params/ and its "
+        f"sizes as JSON in the metadata `config`",
+    )
     try:
         return json.loads(config), weights
     except json.JSONDecodeError as error:
@@ -204,13 +205,13 @@ def _build(sizes, weights, path):
     if any(name.startswith("transformer0/") for name in weights):
         return BlockRecurrentForCausalLM(_block_recurrent_config(sizes, weights))
     layers = [name for name in weights if name.startswith("layer_stack/transformer")]
-    foreign = [name for name in weights if "recurrent" in name]
-    if not layers or foreign:
-        raise ValueError(
-            f"{path} holds a system that this library does not have (parameters such as "
-            f"{(foreign or sorted(weights))[0]}): MELODI, Transformer-XL, Block-Recurrent and "
-            f"Memorizing Transformers of dense attention can be read"
-        )
+    unsupported = [name for name in weights if "recurrent" in name]
+    require(
+        layers and not unsupported,
+        f"{path} holds a system that is not implemented here (parameters such as "
+        f"{[*unsupported, *sorted(weights)][0]}): give a file of MELODI, Transformer-XL, "
+        f"Block-Recurrent or Memorizing Transformer with dense attention",
+    )
     if any(name.startswith("layer_stack/side_layer/") for name in weights):
         return MemorizingTransformerForCausalLM(_memorizing_config(sizes, weights, path))
     return TransformerXLForCausalLM(_transformer_xl_config(sizes, weights))
@@ -253,7 +254,7 @@ def _transformer_xl_config(sizes, weights):
 
 
 def _block_recurrent_config(sizes, weights):
-    # Which gates there are is told by their parameters; indices may count from the last layer.
+    # The parameters determine the gates; indices may count from the last layer.
     inner = {name.partition("/recurrent_tbase/")[2] for name in weights}
     parts = {name.partition("/")[0] for name in inner}
     gated = "skip" if "ffn" not in parts else "dual" if "post_attn_mlp" in parts else "single"
@@ -273,17 +274,17 @@ def _block_recurrent_config(sizes, weights):
 
 def _memorizing_config(sizes, weights, path):
     length, window = sizes["segment_length"], sizes["window_length"]
-    # As with other layers, indices that do not exist are ignored.
-    behind = [i for i in sizes["memory_layer_indices"] if i in range(sizes["num_layers"])]
-    if len(behind) != 1 or length % window:
-        raise ValueError(
-            f"{path}: memory_layer_indices are {sizes['memory_layer_indices']} of "
-            f"{sizes['num_layers']} layers and segments have {length} tokens: one side layer, and "
-            f"segments of whole windows of {window}, can be read"
-        )
+    # The released code ignores indices of layers that do not exist.
+    after = [i for i in sizes["memory_layer_indices"] if i in range(sizes["num_layers"])]
+    require(
+        len(after) == 1 and length % window == 0,
+        f"{path}: memory_layer_indices are {sizes['memory_layer_indices']} of "
+        f"{sizes['num_layers']} layers and segments have {length} tokens: one side layer, and "
+        f"segments of whole windows of {window}, can be read",
+    )
     return MemorizingTransformerConfig(
         memory_length=sizes["memory_size"],
-        memory_layer=behind[0],
+        memory_layer=after[0],
         segment_windows=length // window,
         placement="side",
         retrieval="dense",
@@ -293,5 +294,5 @@ def _memorizing_config(sizes, weights, path):
     )
 
 
-def _transposed(name, tensor):
-    return tensor.T if tensor is not None and name.endswith("kernel") else tensor
+def _transpose_kernel(name, tensor):
+    return tensor.T if name.endswith("kernel") else tensor

@@ -1,8 +1,7 @@
-"""The memory of a document in one file: read once, stored, shared, gone on with elsewhere.
+"""Save the memory of a document in one safetensors file, and load it without the model.
 
-A safetensors file whose metadata say what a memory is made of. It is written whole or not at all,
-and loads without the model; that it fits is checked when a model reads with it, field by field of
-the configuration. A checksum covers all tensors and all metadata.
+A file is written completely or not at all. Whether it fits a model is checked when the model reads
+with it, by the fields of the configuration. A checksum covers all tensors and all metadata.
 
     metadata   format, version, sha256, content: JSON of
                    config    the fields of the configuration that shape a memory or its meaning
@@ -12,6 +11,7 @@ the configuration. A checksum covers all tensors and all metadata.
     tensors    tokens_read (B), layers.<i>.<field> (B ...), extras.<name>
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -25,88 +25,97 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .adapters import merged_weights, unwrap_decoder
+from .validation import require
 
-FORMAT = "melodi_hf memory"
-VERSION = "1"
-
-# Fields of a configuration that leave a memory and its meaning as they are; all others count.
+FORMAT, VERSION = "melodi_hf memory", "1"
+# Fields of a configuration that do not change a memory or its meaning; all others count.
 FREE_FIELDS = {
-    "dropout",
-    "attention_dropout",
-    "initial_embedding_std",
-    "initial_temperature",
-    "logit_scale",
-    "tie_word_embeddings",
-    "use_cache",
-    "schedule",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
+    *("dropout", "attention_dropout", "initial_embedding_std", "initial_temperature"),
+    *("logit_scale", "tie_word_embeddings", "use_cache", "schedule"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
 }
 WEIGHT_TOLERANCE = 2**-7  # relative: weights rounded to bfloat16 are still the same weights
-
-
-# Fields whose name in a file is an earlier one. torch.export takes a field for another one whose
-# name begins with its own, so no field may be called "long" beside "long_keys".
+# Fields whose names in files are older. torch.export confuses a field with another one whose name
+# begins with its own, so no field may be called "long" beside "long_keys".
 NAMES_IN_FILES = {"long_tokens": "long", "state_vectors": "state"}
 FIELDS = {in_file: name for name, in_file in NAMES_IN_FILES.items()}
 
 
 class SavedMemory(NamedTuple):
-    """What a memory file holds."""
+    """The content of a memory file."""
 
     config: dict[str, Any]  # the fields that a model must share
     layers: list[Any]  # per layer, a NamedTuple of tensors, rows first
     tokens_read: Tensor  # B, int64
     fill: int | None  # tokens of the open window if all rows hold as many, else None
     columns: int  # read so far, padding included
-    extras: dict[str, Tensor]  # whatever else was saved
+    extras: dict[str, Tensor]  # other tensors that were saved
     weights: dict[str, float] | None  # a sample of the weights that wrote the memory
 
 
-# Which model a memory belongs to
-
-
 def memory_fields(config) -> dict[str, Any]:
-    """The fields of a configuration that shape a memory or its meaning, as JSON has them."""
+    """Return the fields of a configuration that shape a memory or its meaning, as in JSON."""
     held = vars(config)  # not getattr, which is slow on a configuration
-    values = {name: held[name] for name in _names_that_count(type(config))}  # type: ignore[arg-type]
+    values = {name: held[name] for name in _relevant_names(type(config))}  # type: ignore[arg-type]
     plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
     return {"model_type": config.model_type, **plain}
 
 
 @cache
-def _names_that_count(config_class):
+def _relevant_names(config_class):
     free = PreTrainedConfig.__dataclass_fields__.keys() | FREE_FIELDS | {*config_class.free_fields}
     return sorted(config_class.__dataclass_fields__.keys() - free)
 
 
-def refuse_memory_of(fields, config):
-    """Refuse a memory that belongs to another configuration: `fields`, as `memory_fields` gives
-    them, are those of the model that wrote it."""
+@cache
+def _defaults(config_class):
+    fields = config_class.__dataclass_fields__
+    return {name: fields[name].default for name in _relevant_names(config_class)}
+
+
+def check_memory_of(fields, config):
+    """Raise `ValueError` if `memory_fields` of the model that wrote a memory differ from config.
+
+    A field that they lack, because an earlier version wrote them, counts as its default.
+    """
     own = memory_fields(config)
+    if fields == own:  # soon, since each call of a model checks it
+        return
+    fields = {**_defaults(type(config)), **fields}  # type: ignore[arg-type]
     if fields == own:
         return
     differ = [name for name in {**own, **fields} if fields.get(name) != own.get(name)]
-    if "model_type" in differ:
-        differ = ["model_type"]  # the rest follows
+    differ = ["model_type"] if "model_type" in differ else differ  # the others follow from it
     theirs, ours = (
         ", ".join(f"{name}={have.get(name)!r}" for name in differ) for have in (fields, own)
     )
     raise ValueError(
         f"the memory was written by a model with {theirs} and this one has {ours}: it is that of "
-        f"another model; go on with that one, or read the document again with this one"
+        f"another model; continue with that one, or read the document again with this one"
     )
 
 
-def weights_sample(model) -> dict[str, float]:
-    """Take one number of each matrix that writes memories, as it is with adapters merged.
+def unwrap_decoder(model):
+    """Return the decoder, such as `MelodiModel`, inside a language model and its wrappers.
 
-    That is enough to tell checkpoints apart, not to trust them. The same weights have the same
-    names, whether adapters of PEFT are merged into them or not, and with a head or without.
+    Wrappers are PEFT's models, `DistributedDataParallel`, FSDP's, and compiled modules.
+    """
+    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    require(
+        inside,
+        f"model is a {type(model).__name__} without a transformers model inside: pass a model of "
+        f"this library, or one that wraps it",
+    )
+    return inside[0].base_model
+
+
+def weights_sample(model) -> dict[str, float]:
+    """Take one number of each matrix that writes memories, with adapters of PEFT merged.
+
+    That is enough to distinguish checkpoints, not to trust them. Names do not depend on whether
+    adapters are merged, nor on the head.
     """
     return _sample(merged_weights(unwrap_decoder(model), "model."))
 
@@ -119,74 +128,103 @@ def _sample(named_weights):
     }
 
 
-def refuse_other_weights(sample, model):
-    """Refuse a model whose weights are not those of a sample, but for rounding."""
+def merged_weights(module, prefix=""):
+    """Yield the name and the value of each parameter, as if active adapters were merged.
+
+    Adapters are merged in copies, one layer at a time, as PEFT's `merge_and_unload` does it.
+    """
+    module = _merge(module)
+    for name, weight in module.named_parameters(recurse=False):
+        yield prefix + name, weight
+    for name, child in module.named_children():
+        yield from merged_weights(child, f"{prefix}{name}.")
+
+
+@torch.no_grad()
+def _merge(module):
+    if hasattr(module, "unload_and_optionally_merge_module"):  # such as `modules_to_save`
+        if module.disable_adapters:
+            return module.original_module
+        return copy.deepcopy(module).unload_and_optionally_merge_module(True, False, None)
+    if not (hasattr(module, "base_layer") and hasattr(module, "merge")):
+        return module
+    if not (module.merged or module.disable_adapters):
+        module = copy.deepcopy(module)
+        module.merge()
+    return _merge(module.base_layer)
+
+
+def check_weights(sample, model):
+    """Raise `ValueError` if a model's weights differ from a sample by more than rounding."""
     own = _sample(model.named_parameters())
-    if not own.keys() <= sample.keys():  # as they are in files of before adapters were merged
+    if not own.keys() <= sample.keys():  # as in files from before adapters were merged
         own = weights_sample(model)
-    differ = [n for n in own if n not in sample or not _is_near(own[n], sample[n])]
-    if differ:
-        raise ValueError(
-            f"the memory was written by other weights than this model's: {len(differ)} of "
-            f"{len(own)} matrices differ, {differ[0]} for one; load the checkpoint that wrote it, "
-            f"or read the document again with this one"
-        )
+    nan = float("nan")
+    differ = [name for name in own if not _is_near(own[name], sample.get(name, nan))]
+    require(
+        not differ,
+        f"the memory was written by other weights than this model's: {len(differ)} of {len(own)} "
+        f"matrices differ, such as {differ[:1]}; load the checkpoint that wrote it, or read the "
+        f"document again with this one",
+    )
 
 
 def _is_near(a, b):
     return abs(a - b) <= WEIGHT_TOLERANCE * max(abs(a), abs(b))
 
 
-# Writing
-
-
 def save_memory_file(memory_cache, path, dtype: torch.dtype | None = None, model=None, extras=None):
-    """Write what a cache of memories holds into one file, whole or not at all.
+    """Write the memories in a cache into one file, completely or not at all.
 
-    path: missing folders are made; an existing file is replaced once the new one is complete.
-    dtype: of floating-point numbers in the file, such as torch.bfloat16, which halves it; loading
-        gives them the type back that they have now, but not the bits.
-    model: the one that wrote the memory; the file then tells its weights from others'.
-    extras: further tensors, by name.
+    Args:
+        path: missing folders are made; an existing file is replaced once the new one is complete.
+        dtype: of floating-point numbers in the file, such as torch.bfloat16, which halves it;
+            loading restores their present type, but not the bits.
+        model: the one that wrote the memory; a sample of its weights is then saved.
+        extras: further tensors, by name.
 
     Raises `ValueError` for a cache that has read nothing, `OSError` where nothing can be written.
     """
     layers = memory_cache.layers
-    if not layers or layers[0].memory is None:
-        raise ValueError(f"nothing to write into {path}: the cache has read no token yet")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}: a memory is made of floating-point numbers")
-    tensors = {"tokens_read": layers[0].progress.tokens_read}
-    for i, layer in enumerate(layers):
-        for name, tensor in layer.memory._asdict().items():
-            tensors[f"layers.{i}.{NAMES_IN_FILES.get(name, name)}"] = tensor
+    is_empty = not layers or layers[0].memory is None
+    require(not is_empty, f"nothing to write into {path}: the cache has read no token yet")
+    check_dtype(dtype)
+    state = layers[0].state
+    fields = [
+        {NAMES_IN_FILES.get(n, n): t for n, t in layer.memory._asdict().items()} for layer in layers
+    ]
+    tensors = {"tokens_read": state.progress.tokens_read}
+    tensors |= {f"layers.{i}.{n}": t for i, held in enumerate(fields) for n, t in held.items()}
     tensors |= {f"extras.{name}": tensor for name, tensor in (extras or {}).items()}
     content = {
         "config": memory_cache.config_fields,
-        "fields": [
-            [NAMES_IN_FILES.get(name, name) for name in layer.memory._fields] for layer in layers
-        ],
+        "fields": [list(held) for held in fields],
         "dtypes": {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()},
-        "columns": int(layers[0].columns),
-        "fill": layers[0].progress.fill,
+        "columns": int(state.columns),
+        "fill": state.progress.offset,
         "weights": None if model is None else weights_sample(model),
     }
-    tensors = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
+    tensors = {n: _copy(t.detach(), "cpu", dtype).contiguous() for n, t in tensors.items()}
     metadata = {"format": FORMAT, "version": VERSION, "content": json.dumps(content)}
     metadata["sha256"] = _checksum(tensors, metadata)
-    _write_whole(save(tensors, metadata), path)
+    _write_atomically(save(tensors, metadata), path)
 
 
-def _stored(tensor, dtype):
-    wanted = dtype if tensor.is_floating_point() else None
-    return tensor.detach().to("cpu", wanted, copy=True).contiguous()
+def check_dtype(dtype):
+    """Raise `ValueError` for a type that is not of floating-point numbers; None is allowed."""
+    is_allowed = dtype is None or dtype.is_floating_point
+    require(is_allowed, f"dtype is {dtype}: a memory is made of floating-point numbers")
 
 
-def _write_whole(data, path):
-    # Beside the target, so that the last step is a change of name: there is never half a file.
+def _copy(tensor, device, dtype):
+    return tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+
+
+def _write_atomically(data, path):
+    # The file is written beside the target, so that the last step is a rename.
     target = Path(os.path.realpath(path))  # a link stays a link
-    if target.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it, such as {target / 'memory'}")
+    example = target / "memory"
+    require(not target.is_dir(), f"{path} is a folder: name a file in it, such as {example}")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{secrets.token_hex(8)}.unfinished")
     try:
@@ -199,95 +237,70 @@ def _write_whole(data, path):
         unfinished.unlink(missing_ok=True)
 
 
-# Reading
-
-
 def load_memory_file(path, device=None, dtype: torch.dtype | None = None, model=None):
     """Read a memory file -> `SavedMemory`.
 
-    device: where the tensors go, the CPU unless told otherwise.
-    dtype: of floating-point numbers; None gives each the type that it had when it was saved.
-    model: the one that is to go on. Device and dtype default to its own, and it is refused at once
-        if its configuration or, where the file has a sample of them, its weights are others. The
-        configuration is checked in any case when a model reads; the weights only here.
+    Args:
+        device: where the tensors go, by default the CPU.
+        dtype: of floating-point numbers; None restores the type of each when it was saved.
+        model: the one that is to continue. Device and dtype default to its own, and it is refused
+            at once if its configuration or, where the file has a sample of them, its weights
+            differ. A model that reads always checks the configuration, but not the weights.
 
-    Raises `FileNotFoundError`, and `ValueError` for whatever is not a whole memory file.
+    Raises `FileNotFoundError`, and `ValueError` for anything but a complete memory file.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}: a memory is made of floating-point numbers")
-    refuse_missing(path)
+    check_dtype(dtype)
+    content, tensors = _read(path)
+    if model is not None:
+        check_memory_of(content["config"], model.config)
+        if content["weights"] is not None:
+            check_weights(content["weights"], model)
+        device, dtype = device or model.device, dtype or model.dtype
+    types = {name: dtype or getattr(torch, held) for name, held in content["dtypes"].items()}
+    # Copies, since what was read may lie in the mapped file, which others may change.
+    tensors = {name: _copy(tensor, device, types[name]) for name, tensor in tensors.items()}
+    layers = []
+    for i, names in enumerate(content.pop("fields")):
+        memory_type: Any = namedtuple("Memory", [FIELDS.get(name, name) for name in names])  # type: ignore[misc]
+        layers.append(memory_type(*(tensors[f"layers.{i}.{name}"] for name in names)))
+    extras = {n.removeprefix("extras."): t for n, t in tensors.items() if n.startswith("extras.")}
+    del content["dtypes"]
+    return SavedMemory(layers=layers, tokens_read=tensors["tokens_read"], extras=extras, **content)
+
+
+def _read(path):
+    # The content and the tensors of a complete file.
+    is_broken_link = os.path.lexists(path) and not os.path.exists(path)
+    link = f"{path} is a link to {os.path.realpath(path)}, which does not exist"
+    require(not is_broken_link, link, FileNotFoundError)
+    require(not os.path.isdir(path), f"{path} is a folder: name the file that save() wrote")
+    missing = f"there is no memory file {path}: name one that save() wrote"
+    require(os.path.isfile(path), missing, FileNotFoundError)
+    remedy = "copy it again, or read the document again"
     try:
         with safe_open(path, "pt") as file:
-            metadata = refuse_foreign_file(path, file.metadata() or {})
+            metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is no safetensors file, or a part of one ({error}): copy it again, or read "
-            f"the document again"
+            f"{path} is no safetensors file, or a part of one ({error}): {remedy}"
         ) from error
-    if metadata.pop("sha256", None) != _checksum(tensors, metadata):
-        raise ValueError(
-            f"{path} was changed after it was written (its checksum does not hold): copy it again, "
-            f"or read the document again"
-        )
-    content = json.loads(metadata["content"])
-    if model is not None:
-        refuse_memory_of(content["config"], model.config)
-        if content["weights"] is not None:
-            refuse_other_weights(content["weights"], model)
-        device, dtype = device or model.device, dtype or model.dtype
-    types = {name: dtype or getattr(torch, held) for name, held in content["dtypes"].items()}
-    return _assembled(content, {n: _held(t, device, types[n]) for n, t in tensors.items()})
-
-
-def refuse_missing(path):
-    """Say which kind of nothing lies at a path."""
-    place = Path(path)
-    if place.is_symlink() and not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist")
-    if place.is_dir():
-        raise ValueError(f"{path} is a folder: name the file that save() wrote")
-    if not place.is_file():
-        raise FileNotFoundError(f"there is no memory file {path}: name one that save() wrote")
-
-
-def refuse_foreign_file(path, metadata) -> dict[str, str]:
-    """The metadata of a memory file of this version; those of other files are refused."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is a safetensors file without a memory (its format is "
-            f"{metadata.get('format')!r}, not {FORMAT!r}): name a file that MelodiCache.save() "
-            f"wrote; a model is loaded by from_pretrained"
-        )
-    if metadata.get("version") != VERSION:
-        raise ValueError(
-            f"{path} is of version {metadata.get('version')} of the format and this library reads "
-            f"version {VERSION}: use the library that wrote it, or read the document again"
-        )
-    return dict(metadata)
-
-
-def _held(tensor, device, dtype):
-    # A copy: what was read may lie in the mapped file, which others may change.
-    return tensor.to(device or "cpu", dtype if tensor.is_floating_point() else None, copy=True)
-
-
-def _assembled(content, tensors):
-    layers = []
-    for i, names in enumerate(content["fields"]):
-        fields = tuple(FIELDS.get(name, name) for name in names)
-        memory_type: Any = namedtuple("Memory", fields)  # type: ignore[misc] # from the file
-        layers.append(memory_type(*(tensors[f"layers.{i}.{name}"] for name in names)))
-    extras = {n.removeprefix("extras."): t for n, t in tensors.items() if n.startswith("extras.")}
-    return SavedMemory(
-        config=content["config"],
-        layers=layers,
-        tokens_read=tensors["tokens_read"],
-        fill=content["fill"],
-        columns=content["columns"],
-        extras=extras,
-        weights=content["weights"],
+    kind, version = metadata.get("format"), metadata.get("version")
+    require(
+        kind == FORMAT,
+        f"{path} is a safetensors file without a memory (its format is {kind!r}, not {FORMAT!r}): "
+        f"name a file that MelodiCache.save() wrote; a model is loaded by from_pretrained",
     )
+    require(
+        version == VERSION,
+        f"{path} is of version {version} of the format and this library reads version {VERSION}: "
+        f"use the library that wrote it, or read the document again",
+    )
+    require(
+        metadata.pop("sha256", None) == _checksum(tensors, metadata),
+        f"{path} was changed after it was written (its checksum does not hold): {remedy}",
+    )
+    return json.loads(metadata["content"]), tensors
 
 
 def _checksum(tensors, metadata) -> str:

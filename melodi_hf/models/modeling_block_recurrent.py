@@ -1,13 +1,13 @@
 """Block-Recurrent Transformer (Hutchins et al., NeurIPS 2022, arXiv 2203.07852, section 3).
 
 A sliding-window Transformer-XL (`sliding_window`) in which a layer near the top also carries n
-state vectors C. Tokens attend to the state that the window before left; when a window is full, the
-state attends to itself and to the window's tokens, and a gate lets in what it finds. The two
-directions are parallel: each reads what the other was before.
+state vectors C. Tokens attend to the state after the window before; when a window is full, the
+state attends to itself and to the tokens of the window, and is updated through a gate. The two
+directions are parallel: each attends to the other as it was before.
 
     state    [ c c c ] -- attends to itself and to the window, gate --> [ c c c ] --> ...
                  ^                                                          ^
-                 | attend to what the window before left                    |
+                 | attend to the state after the window before              |
     tokens   [ x x x x x x x x ]  window k                              [ x x x x x x x x ]
 
     tokens   x' = x + [attn(Q x; K x, V x) | attn(Q₂ x; K' S, V' S)] W      S = norm(C) + P
@@ -18,55 +18,54 @@ directions are parallel: each reads what the other was before.
     dual     C" = gate(C, A W'),  C' = gate(C", FFN(norm(C")))
 
     fixed    gate(C, y) = g ⊙ C + (1 - g) ⊙ y,  g = σ(b)
-    lstm     gate(C, y) = σ(h F + b + 1) ⊙ C + σ(h I + b' - 1) ⊙ y    h: what y is projected from
+    lstm     gate(C, y) = σ(h F + b + 1) ⊙ C + σ(h I + b' - 1) ⊙ y    h: the input of y's projection
     full     as fixed, with g = σ(h G + b + 1)
 
-Where paper and released code (meliad, transformer/memory and transformer/nn_components) differ this
-is the code: the state reads the keys of the last window, too (`state_reads_previous_window=False`
-is the paper), and there is no tanh around y but in `single`, whereas the paper's LSTM gate has one
-always. Keys of tokens and of the state are shared by all who attend to them; nothing on the way of
-the state is dropped, nor are weights of attention to it; the recurrent layer keeps the cache of
-every other layer. The variant with feedback to all layers is not here.
+Where the paper and the released code (meliad, transformer/memory and transformer/nn_components)
+differ, this follows the code: the state attends to the last window, too (in the paper not:
+`state_reads_previous_window=False`), and only `single` has a tanh around y, whereas the LSTM gate
+of the paper always has one. Queries of tokens and of the state attend to the same keys; there is no
+dropout on the state and on attention to it; the recurrent layer has the cache of the other layers.
+The variant with feedback to all layers is not implemented.
 
-The state is kept in float32, for the steps of a slow average are lost in bfloat16. A window that is
-not full leaves it as it is. During generation its keys and values are made as a window begins.
+The state is in float32: bfloat16 loses the steps of a slow average. An incomplete window does not
+change it. During generation its keys and values are computed at the beginning of a window.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.utils.output_capturing import OutputRecorder
 
-from .attention import Temperature, attend, merge_heads, split_heads
-from .attention_map import AttentionMap
 from .configuration_block_recurrent import BlockRecurrentConfig
-from .decoder import DecoderForCausalLM, DecoderModel, init_truncated_, make_known
-from .generation import MemoryGenerationMixin
-from .norm import RMSNorm, mean_size, unit
+from .decoder import DecoderForCausalLM, DecoderModel, init_truncated_, register_auto_classes
+from .layer import Field
+from .modules import RMSNorm, Temperature, attend, mean_rms, merge_heads, split_heads, unit
 from .sliding_window import SlidingWindowLayer
 
 
 class RecurrentMemory(NamedTuple):
-    """Keys (of length one) and values of the last window and of the w tokens of the open one; the
-    state that the last window left, and its keys and values, which have no slots while w = 0."""
+    """Keys (of length one) and values of the last and the open window, and the state.
 
-    keys: Tensor  # B H W+w K
-    values: Tensor  # B H W+w K
-    state_vectors: Tensor  # B n D
-    state_keys: Tensor  # B H n K
-    state_values: Tensor  # B H n K
+    state_vectors: after the last window; its keys and values have no slots between windows.
+    """
+
+    keys: Any  # B H W+w K
+    values: Any  # B H W+w K
+    state_vectors: Any  # B n D
+    state_keys: Any  # B H n K
+    state_values: Any  # B H n K
 
     @property
-    def state(self):
-        """The earlier name of `state_vectors`."""
+    def state(self) -> Tensor:
+        """Earlier name of `state_vectors`."""
         return self.state_vectors
 
 
 class Queries(nn.Module):
-    """Queries with a temperature of their own."""
+    """Projection to queries, with a temperature."""
 
     def __init__(self, config):
         super().__init__()
@@ -81,7 +80,7 @@ class Queries(nn.Module):
 
 
 class KeysValues(nn.Module):
-    """Keys of length one, and values."""
+    """Projection to keys of length one and values."""
 
     def __init__(self, config):
         super().__init__()
@@ -97,27 +96,27 @@ class KeysValues(nn.Module):
 
 
 class GateLinear(nn.Linear):
-    """What a gate makes of the content; drawn small, so that it begins near its bias."""
+    """Linear layer of a gate; initialised small, so that the gate starts near its bias."""
 
 
 class FixedGate(nn.Module):
-    """A moving average whose speed is learned, one per channel, and independent of the content."""
+    """A moving average with a learned rate per channel that does not depend on the content."""
 
     def __init__(self, config, num_inputs):
         super().__init__()
         self.bias = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, state, proposal, hidden):
-        # state, proposal: B n D; hidden: B n num_inputs, what the proposal was projected from
-        kept = self.bias.to(state.dtype).sigmoid()
-        return torch.lerp(proposal, state, kept.expand_as(state))
+        # state, proposal: B n D; hidden: B n num_inputs, the input of its projection
+        keep = self.bias.to(state.dtype).sigmoid()
+        return torch.lerp(proposal, state, keep.expand_as(state))
 
     def openness(self):
         return 1 - self.bias.sigmoid().mean()
 
 
 class LstmGate(nn.Module):
-    """One gate for what is kept and one for what is let in, biased to remember."""
+    """A forget gate and an input gate, whose biases favour the old state."""
 
     def __init__(self, config, num_inputs):
         super().__init__()
@@ -125,31 +124,31 @@ class LstmGate(nn.Module):
         self.input = GateLinear(num_inputs, config.hidden_size)
 
     def forward(self, state, proposal, hidden):
-        kept = (self.forget(hidden) + 1).sigmoid().to(state.dtype)
-        let_in = (self.input(hidden) - 1).sigmoid().to(state.dtype)
-        return kept * state + let_in * proposal
+        keep = (self.forget(hidden) + 1).sigmoid().to(state.dtype)
+        write = (self.input(hidden) - 1).sigmoid().to(state.dtype)
+        return keep * state + write * proposal
 
     def openness(self):
         return (self.input.bias - 1).sigmoid().mean()
 
 
 class FullGate(nn.Module):
-    """What is let in takes the place of what is forgotten, as the content decides."""
+    """One gate that depends on the content: proposal and state have weights of sum one."""
 
     def __init__(self, config, num_inputs):
         super().__init__()
         self.forget = GateLinear(num_inputs, config.hidden_size)
 
     def forward(self, state, proposal, hidden):
-        kept = (self.forget(hidden) + 1).sigmoid().to(state.dtype)
-        return torch.lerp(proposal, state, kept)
+        keep = (self.forget(hidden) + 1).sigmoid().to(state.dtype)
+        return torch.lerp(proposal, state, keep)
 
     def openness(self):
         return 1 - (self.forget.bias + 1).sigmoid().mean()
 
 
 def make_gate(config, num_inputs):
-    """How a proposal that is projected from `num_inputs` channels enters the state."""
+    """Make the gate for a proposal that is projected from `num_inputs` channels."""
     if config.gate == "fixed":
         return FixedGate(config, num_inputs)
     if config.gate == "lstm":
@@ -158,7 +157,7 @@ def make_gate(config, num_inputs):
 
 
 class GatedProjection(nn.Module):
-    """`skip`: what attention found is projected and gated onto the state."""
+    """`skip`: project the output of attention, and gate it into the state."""
 
     def __init__(self, config):
         super().__init__()
@@ -175,7 +174,7 @@ class GatedProjection(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """Two matrices with an activation between, gated onto the state."""
+    """A feed-forward network whose output is gated into the state."""
 
     def __init__(self, config, num_inputs, last):
         super().__init__()
@@ -194,7 +193,7 @@ class GatedFeedForward(nn.Module):
 
 
 class SingleGate(GatedFeedForward):
-    """`single`: a feed-forward network reads what attention found."""
+    """`single`: apply a feed-forward network to the output of attention."""
 
     def __init__(self, config):
         found = 2 * config.num_attention_heads * config.head_dim
@@ -202,8 +201,7 @@ class SingleGate(GatedFeedForward):
 
 
 class DualGates(nn.Module):
-    """`dual`: a gate around attention and one around a feed-forward network, as in other layers
-    there are residual connections."""
+    """`dual`: gates in place of the residual connections of attention and feed-forward network."""
 
     def __init__(self, config):
         super().__init__()
@@ -220,7 +218,7 @@ class DualGates(nn.Module):
 
 
 def make_update(config):
-    """The way from what attention found to the next state."""
+    """Make the module that computes the next state from the output of attention."""
     if config.gate_configuration == "skip":
         return GatedProjection(config)
     if config.gate_configuration == "single":
@@ -231,22 +229,14 @@ def make_update(config):
 class BlockRecurrentLayer(SlidingWindowLayer):
     """A sliding-window layer with a state."""
 
-    memory_type = RecurrentMemory
-    window_axis = dict.fromkeys(("keys", "values", "state_keys", "state_values"), 2)
-    filled_at_once = ("state_keys", "state_values")
-    changed_by_closing = ("keys", "values", "state_vectors")
-    kinds = SlidingWindowLayer.kinds | {"long": ("state_vectors", "state_keys", "state_values")}
-    summaries_of_the_past = ("long",)
-    kept_in_float32 = ("state_vectors",)
-
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        found = 2 * config.num_attention_heads * config.head_dim
-        self.self_attn.o_proj = nn.Linear(found, config.hidden_size, bias=False)
+        attended = 2 * config.num_attention_heads * config.head_dim
+        self.self_attn.o_proj = nn.Linear(attended, config.hidden_size, bias=False)
         self.queries_to_state = Queries(config)
         shape = config.num_state_vectors, config.hidden_size
         self.initial_state = nn.Parameter(torch.empty(shape))
-        # Who is who: without them all state vectors would see the same, and become the same.
+        # Without ids all state vectors would attend to the same tokens and become equal.
         self.state_ids = nn.Parameter(torch.empty(shape))
         self.state_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.state_keys_values = KeysValues(config)
@@ -255,81 +245,69 @@ class BlockRecurrentLayer(SlidingWindowLayer):
         self.state_update = make_update(config)
         self.unread = 0 if config.state_reads_previous_window else self.past  # by the state
 
-    def memory_shapes(self, for_generation=False):
-        config = self.config
-        slots = config.num_state_vectors if for_generation else 0
-        shape = config.num_attention_heads, slots, config.head_dim
-        state = {"state_vectors": (config.num_state_vectors, config.hidden_size)}
-        keys_values = dict.fromkeys(("state_keys", "state_values"), shape)
-        return super().memory_shapes(for_generation) | state | keys_values
+    def memory_fields(self):
+        config, vectors = self.config, self.config.num_state_vectors
+        shape = config.num_attention_heads, vectors, config.head_dim
+        state = Field(shape, "long", window_axis=2, grows=False)
+        state_vectors = Field((vectors, config.hidden_size), "long", in_float32=True)
+        keys, values = super().memory_fields()
+        return RecurrentMemory(keys, values, state_vectors, state, state)
 
-    def project(self, h):
-        """As for all layers, the queries to the state as further heads."""
-        q, k, v = super().project(h)
-        return torch.cat((q, self.queries_to_state(h)), dim=1), k, v
+    def recall(self, memory, window):
+        state = self.named_state(self.last_state(memory, window))
+        keys, values = self.state_keys_values(state)
+        return memory._replace(state_keys=keys, state_values=values)
 
-    def read(self, chunk, bias, memory, q, k, v):
-        """One cell: q: B 2H T K; k, v: B H T K -> what was attended to (B 2H T K), the memory."""
-        q, q_to_state = q.chunk(2, dim=1)
-        held = memory.state_keys, memory.state_values
-        keys, values = chunk.where_opened(held, lambda: self.recall(memory, chunk))
-        recalled = self.attend(q_to_state, keys, values)
-        memory = memory._replace(state_keys=keys, state_values=values)
-        attended, memory = super().read(chunk, bias, memory, q, k, v)
-        return torch.cat((attended, recalled), dim=1), memory
+    def attend(self, h, memory, window):
+        q = self.queries_to_state(h)
+        recalled = self.attend_freely(q, memory.state_keys, memory.state_values)
+        attended, weights = super().attend(h, memory, window)
+        return torch.cat((attended, recalled), dim=1), weights
 
-    def attend(self, q, k, v, bias=None):
-        """Without position bias and dropout."""
+    def attend_freely(self, q, k, v, bias=None):
+        """Attend without position bias and dropout."""
         return attend(q, k, v, bias, eager=self.config._attn_implementation == "eager")
 
-    def state_after(self, windows, memory):
-        """The state that so many windows (R,) left; if there are none, what was learned: R n D."""
+    def last_state(self, memory, window):
+        """Return the state after the last window, or the initial one: R n D."""
+        is_first = window.windows_in_memory("long") == 0
         learned = self.initial_state.to(memory.state_vectors.dtype)
-        return torch.where((windows == 0)[:, None, None], learned, memory.state_vectors)
+        return torch.where(is_first[:, None, None], learned, memory.state_vectors)
 
-    def named(self, state):
-        """The state as it is attended to and attends: normalised, each vector with its id."""
+    def named_state(self, state):
+        """Normalise the state and add the ids: the input of attention to and from it."""
         return self.state_layernorm(state) + self.state_ids
 
-    def recall(self, memory, chunk):
-        """The state's keys and values: two of R H n K."""
-        state = self.state_after(chunk.windows_held("long"), memory)
-        return self.state_keys_values(self.named(state))
+    def close(self, memory, summaries, window):
+        new = self.next_state(memory, window)
+        memory, summaries, loss = super().close(memory, summaries, window)
+        return memory._replace(state_vectors=new), summaries, loss
 
-    def close(self, memory, chunk):
-        """The window is full: the state reads it, and it becomes the last one."""
-        new = self.next_state(memory, chunk)
-        closed = super().close(memory, chunk)
-        return closed._replace(
-            state_vectors=chunk.where_closed(new, memory.state_vectors),
-            state_keys=chunk.emptied(memory.state_keys, 2),
-            state_values=chunk.emptied(memory.state_values, 2),
-        )
-
-    def next_state(self, memory, chunk):
-        """The state after a full window: R n D."""
-        state = self.state_after(chunk.windows_held("long"), memory)
-        h = self.named(state)
-        within = self.attend(self.state_queries(h), memory.state_keys, memory.state_values)
+    def next_state(self, memory, window):
+        """Update the state after a full window: R n D."""
+        state = self.last_state(memory, window)
+        h = self.named_state(state)
+        q = self.state_queries(h)
+        in_state = self.attend_freely(q, memory.state_keys, memory.state_values)
         keys, values = (t[:, :, self.unread :] for t in (memory.keys, memory.values))
-        filled = self.config.window_length + self.filled_slots(chunk)
-        bias = self.self_attn.with_empty(None, keys.shape[2], filled)
-        found = self.attend(self.state_queries_to_tokens(h), keys, values, bias)
-        return self.state_update(state, merge_heads(torch.cat((within, found), dim=1)))
+        filled = self.config.window_length + self.filled_slots(window)
+        bias = self.self_attn.mask_empty(None, keys.shape[2], filled)
+        in_tokens = self.attend_freely(self.state_queries_to_tokens(h), keys, values, bias)
+        return self.state_update(state, merge_heads(torch.cat((in_state, in_tokens), dim=1)))
 
-    def figures(self, memory, windows_read):
-        """Besides that of the last window:
+    def metrics(self, memory, windows_read):
+        """Compute, in addition to the metric of the last window:
 
-        gate_openness: the share of what is proposed that a gate lets in; for gates that look at the
-            content, what they let in by their biases alone;
-        state_rms: the size of the state's numbers, 0 before a window has moved it;
-        state_spread: how far its vectors lie from their mean, as a share of their size; 0 if all
-            are the same.
+        gate_openness: the weight of the proposal in the gates; for gates that depend on the
+            content, the weight that their biases alone give;
+        state_rms: root mean square of the state, 0 before the first window is full;
+        state_spread: root mean square of the differences of its vectors from their mean, divided
+            by state_rms; 0 if all vectors are equal.
         """
         state = memory.state_vectors
-        size, spread = mean_size(state), mean_size(state - state.mean(1, keepdim=True))
+        size, spread = mean_rms(state), mean_rms(state - state.mean(1, keepdim=True))
         openness = [gate.openness() for gate in self.state_update.gates()]
-        return super().figures(memory, windows_read) | {
+        return super().metrics(memory, windows_read) | {
             "gate_openness": sum(openness) / len(openness),
             "state_rms": size,
             "state_spread": spread / size.clamp(min=1e-6),
@@ -341,10 +319,6 @@ class BlockRecurrentModel(DecoderModel):
 
     config_class = BlockRecurrentConfig
     _no_split_modules = ["SlidingWindowLayer", "BlockRecurrentLayer"]  # noqa: RUF012
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": SlidingWindowLayer,
-        "attentions": OutputRecorder(AttentionMap, index=0),
-    }
 
     def __init__(self, config):
         super().__init__(config)
@@ -356,34 +330,26 @@ class BlockRecurrentModel(DecoderModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        """Initialise ids like embeddings, and the state and the gates with small numbers.
+
+        Not with zeros: steps of Adafactor are proportional to the size of a parameter.
+        """
         super()._init_weights(module)
-        init_block_recurrent(module)
+        if isinstance(module, BlockRecurrentLayer):
+            init.normal_(module.initial_state, std=0.1)
+            init.normal_(module.state_ids, std=1.0)
+        elif isinstance(module, FixedGate):
+            init.normal_(module.bias, std=0.1)
+        elif isinstance(module, GateLinear):
+            init_truncated_(module.weight, (0.1 / module.in_features) ** 0.5)
+            init.normal_(module.bias, std=0.1)
 
 
-class BlockRecurrentForCausalLM(DecoderForCausalLM, MemoryGenerationMixin):
+class BlockRecurrentForCausalLM(DecoderForCausalLM):
     """A Block-Recurrent Transformer as a language model."""
 
     config_class = BlockRecurrentConfig
     model_class = BlockRecurrentModel
-    _no_split_modules = ["SlidingWindowLayer", "BlockRecurrentLayer"]  # noqa: RUF012
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        init_block_recurrent(module)
 
 
-def init_block_recurrent(module):
-    """The ids like embeddings; the state and the gates small, but not zero: Adafactor's steps are
-    in proportion to a parameter's size."""
-    if isinstance(module, BlockRecurrentLayer):
-        init.normal_(module.initial_state, std=0.1)
-        init.normal_(module.state_ids, std=1.0)
-    elif isinstance(module, FixedGate):
-        init.normal_(module.bias, std=0.1)
-    elif isinstance(module, GateLinear):
-        init_truncated_(module.weight, (0.1 / module.in_features) ** 0.5)
-        init.normal_(module.bias, std=0.1)
-
-
-make_known(BlockRecurrentModel, BlockRecurrentForCausalLM)
+register_auto_classes(BlockRecurrentModel, BlockRecurrentForCausalLM)

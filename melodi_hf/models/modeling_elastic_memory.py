@@ -1,155 +1,135 @@
 """Elastic Memory (Song et al., 2026, arXiv 2602.11212v1): an unofficial reconstruction.
 
-The equations, the algorithm and the tables of the paper could not be had. This is built from its
-abstract, its reviews and a reader's notes, with the mathematics of HiPPO-LegS, which is published;
-what was not told is decided here and marked as ours.
+We could not obtain the equations, the algorithm and the tables of the paper. This is built from its
+abstract, its reviews and a reader's notes, with the published mathematics of HiPPO-LegS; choices
+that these sources leave open are made here and marked as ours.
 
-In some layers the keys and values of the whole past are taken for samples of a signal, channel by
-channel, and held as N coefficients each (`legs`). A block of W tokens attends to M points of the
-reconstructed past beside its own tokens, all in one softmax; then its keys and values are taken in:
+Some layers treat the keys and values of the whole past as samples of a signal per channel and store
+N coefficients for each (`legs`). A block of W tokens attends to M points of the reconstructed past
+and to its own tokens in one softmax; then the coefficients are updated with its keys and values:
 
     block i              [ k̂ k̂ k̂ k̂ k̂ | x x x x x x x x ]    k̂, v̂ = R_i C_i     M points of the past
                            every x sees  x_i sees x_0..x_{i-1}
     coefficients         C_i  ->  C_{i+1} = P_i C_i + K_i [k | v]
 
-Nothing is learned for it: the banks P, K and R follow from the index of the block. So the points
-that are looked at can be exchanged after training (`set_sampling`); the memory stays what it is.
+Nothing is learned for it: the matrices P, K and R follow from the index of the block. So the points
+can be changed after training (`set_sampling`) without effect on the memory.
 
 Ours: which layers have a memory, M, the two formulas of sampling, and the update without steps of a
-differential equation, so that no length of context is built in; other layers see their own block
-alone, or the W tokens before each token; gradients flow through the coefficients within a call;
-a block that is not full is not taken in. Like all systems here it stands on MELODI's skeleton: keys
-have length one when they are taken in, what is reconstructed from them is not normalised again and
-has no position bias, and positions inside a block are T5's biases, where the paper rotates keys
-after they were taken in. The ablation without compression is left out, since its memory would grow
-with the document.
+differential equation, so that no context length is built in; other layers attend to their own block
+alone, or to the W tokens before each token; gradients flow through the coefficients within a call;
+an incomplete block does not change them. Like all systems here it has MELODI's skeleton: keys have
+length one when they enter the coefficients, reconstructed keys are not normalised again and have no
+position bias, and positions inside a block are T5's biases, where the paper rotates keys after they
+entered. The ablation without compression is left out: its memory would grow with the document.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils.generic import maybe_autocast
-from transformers.utils.output_capturing import OutputRecorder
 
-from .attention import merge_heads, split_heads
-from .attention_map import AttentionMap
 from .configuration_elastic_memory import ElasticMemoryConfig
-from .decoder import DecoderForCausalLM, DecoderModel, make_known
-from .generation import MemoryGenerationMixin
-from .legs import SAMPLINGS, Nodes, kept_basis, kept_transition, nodes, together, where_exact
-from .norm import mean_size
+from .decoder import DecoderForCausalLM, DecoderModel, register_auto_classes
+from .layer import Field, MemoryLayer
+from .legs import (
+    SAMPLINGS,
+    Nodes,
+    cached_basis,
+    cached_transition,
+    float64_device,
+    gauss_legendre_nodes,
+    group_by_position,
+)
+from .modules import Attention, mean_rms, merge_heads, split_heads
 from .sliding_window import SlidingWindowLayer
 
 
 class ElasticMemory(NamedTuple):
-    """What a layer carries: coefficients of the keys and values of all closed blocks; of the open
-    one, keys and values of the M points of the past that it sees and of its w tokens. These two
-    have no slots while w = 0."""
+    """Coefficients of the keys and values of all complete blocks, and the open block.
 
-    key_coefficients: Tensor  # B N H*K, float32
-    value_coefficients: Tensor  # B N H*K, float32
-    keys: Tensor  # B H M+w K
-    values: Tensor  # B H M+w K
+    keys, values: of the M points of the past and of the w tokens; no slots between blocks.
+    """
 
-
-COEFFICIENTS = ("key_coefficients", "value_coefficients")
+    key_coefficients: Any  # B N H*K, float32
+    value_coefficients: Any  # B N H*K, float32
+    keys: Any  # B H M+w K
+    values: Any  # B H M+w K
 
 
-class ElasticMemoryLayer(SlidingWindowLayer):
-    """A layer whose blocks attend to themselves and to points of the whole past."""
+class UnplacedSlotsAttention(Attention):
+    """Attention to [slots without positions | window]."""
 
-    memory_type = ElasticMemory
-    changed_by_closing = COEFFICIENTS
-    kinds = {"long": COEFFICIENTS}  # noqa: RUF012
-    summaries_of_the_past = ("long",)
-    kept_in_float32 = COEFFICIENTS
+    def position_bias(self, step, num_summaries=0):
+        bias = step.bias(self.bias_by_distance, 0, num_summaries)
+        return nn.functional.pad(bias, (self.num_slots, 0))
+
+
+class ElasticMemoryLayer(MemoryLayer):
+    """A layer whose blocks attend to their tokens and to points of the whole past."""
 
     def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx)
-        self.past, self.points = config.num_memory_samples, SAMPLINGS[config.sampling]
-        self.attention_map = AttentionMap(self.past, 0)
-        self.nodes = nodes(config.memory_order)
+        super().__init__(config, UnplacedSlotsAttention(config, config.num_memory_samples))
+        self.points = SAMPLINGS[config.sampling]
+        self.nodes = gauss_legendre_nodes(config.memory_order)
 
-    def memory_shapes(self, for_generation=False):
-        config = self.config
+    def memory_fields(self):
+        config, slots = self.config, self.config.num_memory_samples + self.config.window_length
         heads, per_head = config.num_attention_heads, config.head_dim
-        slots = self.past + config.window_length if for_generation else 0
-        coefficients = dict.fromkeys(COEFFICIENTS, (config.memory_order, heads * per_head))
-        return coefficients | dict.fromkeys(("keys", "values"), (heads, slots, per_head))
+        coefficients = Field((config.memory_order, heads * per_head), "long", in_float32=True)
+        keys = Field((heads, slots, per_head), window_axis=2)
+        return ElasticMemory(coefficients, coefficients, keys, keys)
 
-    def slots_per_window(self):
-        return {}
-
-    def figures(self, memory, windows_read):
-        """coefficient_rms: the size of the coefficients of the values; keys have length one."""
-        return {"coefficient_rms": mean_size(memory.value_coefficients)}
+    def metrics(self, memory, windows_read):
+        """Compute coefficient_rms: root mean square of the coefficients of the values."""
+        return {"coefficient_rms": mean_rms(memory.value_coefficients)}
 
     def nodes_on(self, device):
-        """What banks are made from, beside what they are made for."""
-        device = where_exact(device)
-        if torch.compiler.is_compiling():  # a graph has those that it finds here
+        """Return the nodes that banks are computed from, on a device."""
+        device = float64_device(device)
+        if torch.compiler.is_compiling():  # the nodes become constants of the graph
             return Nodes(*(tensor.to(device) for tensor in self.nodes))
-        self.nodes = nodes(self.config.memory_order, device)
+        self.nodes = gauss_legendre_nodes(self.config.memory_order, device)
         return self.nodes
 
-    def position_bias(self, chunk):
-        bias = chunk.bias(self.self_attn.bias_by_distance, 0, 0)
-        return nn.functional.pad(bias, (self.past, 0))  # points of the past have no distance
+    def attend(self, h, memory, window):
+        filled = (window.windows_in_memory("long") > 0) * self.config.num_memory_samples
+        q = self.self_attn.queries(h)
+        return self.self_attn(q, memory.keys, memory.values, filled, window)
 
-    def filled_slots(self, chunk):
-        return (chunk.windows_held("long") > 0) * self.past
-
-    def read(self, chunk, bias, memory, q, k, v):
-        """One cell: q, k, v: B H T K -> what was attended to (B H T K), the next memory."""
-        keys, values = chunk.begin(
-            (memory.keys, memory.values), lambda: self.recall(memory, chunk), 2, self.past
-        )
-        keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
-        filled = self.filled_slots(chunk)
-        attended = self.self_attn(
-            q, keys, values, bias, self.past, filled, chunk.in_order, chunk.weights
-        )
-        memory = memory._replace(keys=keys, values=values)
-        return attended, self.close(memory, chunk) if chunk.closes else memory
-
-    def recall(self, memory, chunk):
-        """Keys and values at the points of the past that a block sees: two of B H M K."""
-        known = self.nodes_on(memory.keys.device)
+    def recall(self, memory, window):
+        """Reconstruct keys and values at the points of the past: R H M K."""
+        config, nodes = self.config, self.nodes_on(memory.keys.device)
 
         def reconstruct(tokens_read, *coefficients):
-            at = kept_basis(self.points, self.past, tokens_read, known, like=coefficients[0])
-            return tuple(at @ held for held in coefficients)
+            arguments = self.points, config.num_memory_samples, tokens_read, nodes
+            basis = cached_basis(*arguments, like=coefficients[0])
+            return tuple(basis @ c for c in coefficients)
 
         with maybe_autocast(memory.keys.device.type, enabled=False):
-            read = (chunk.windows_read * self.config.window_length).clamp(min=1)
-            past = together(reconstruct, read, *memory[:2])
-        heads = self.config.num_attention_heads
-        return tuple(split_heads(part.to(memory.keys.dtype), heads) for part in past)
+            read = (window.windows_read * config.window_length).clamp(min=1)
+            past = group_by_position(reconstruct, read, *memory[:2])
+        dtype, heads = memory.keys.dtype, config.num_attention_heads
+        keys, values = (split_heads(part.to(dtype), heads) for part in past)
+        return memory._replace(keys=keys, values=values)
 
-    def close(self, memory, chunk):
-        """The block is full: its keys and values are taken in."""
-        chunk.remember(memory)
-        length, known = self.config.window_length, self.nodes_on(memory.keys.device)
+    def close(self, memory, summaries, window):
+        length, nodes = self.config.window_length, self.nodes_on(memory.keys.device)
 
-        def take_in(tokens_read, *held):
-            past, block = kept_transition(tokens_read, length, known, like=held[0])
-            return tuple(past @ c + block @ x for c, x in zip(held[:2], held[2:], strict=True))
+        def update(tokens_read, *tensors):
+            past, block = cached_transition(tokens_read, length, nodes, like=tensors[0])
+            pairs = zip(tensors[:2], tensors[2:], strict=True)
+            return tuple(past @ c + block @ x for c, x in pairs)
 
         old = memory[:2]
         new = (
-            merge_heads(slots.narrow(2, self.past, length)).to(old[0].dtype)
+            merge_heads(slots[:, :, -length:]).to(old[0].dtype)
             for slots in (memory.keys, memory.values)
         )
         with maybe_autocast(memory.keys.device.type, enabled=False):
-            taken = together(take_in, chunk.windows_read * length, *old, *new)
-        fields = zip(COEFFICIENTS, taken, old, strict=True)
-        closed = {name: chunk.where_closed(after, before) for name, after, before in fields}
-        return memory._replace(
-            **closed,
-            keys=chunk.emptied(memory.keys, 2),
-            values=chunk.emptied(memory.values, 2),
-        )
+            keys, values = group_by_position(update, window.windows_read * length, *old, *new)
+        return memory._replace(key_coefficients=keys, value_coefficients=values), summaries, None
 
 
 class ElasticMemoryModel(DecoderModel):
@@ -157,10 +137,6 @@ class ElasticMemoryModel(DecoderModel):
 
     config_class = ElasticMemoryConfig
     _no_split_modules = ["ElasticMemoryLayer", "SlidingWindowLayer"]  # noqa: RUF012
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": SlidingWindowLayer,
-        "attentions": OutputRecorder(AttentionMap, index=0),
-    }
 
     def __init__(self, config):
         super().__init__(config)
@@ -171,15 +147,17 @@ class ElasticMemoryModel(DecoderModel):
         return (ElasticMemoryLayer if has_memory else SlidingWindowLayer)(config, layer_idx)
 
     def set_sampling(self, sampling):
-        """From the next block that begins, look at other points of the past.
+        """Set the points of the past that the blocks from the next one on attend to.
 
-        sampling: "uniform" or "exponential", which is saved with the configuration; or a function
-            points(num_samples, tokens_read) -> num_samples numbers in (0, 1], 1 being now and 0
-            the beginning of the document. tokens_read is a tensor (an integer, or one for each row
-            while a graph is captured, and then so are the points), as is the result. A function is
-            not saved.
+        Args:
+            sampling: "uniform" or "exponential", which is saved with the configuration; or a
+                function points(num_samples, tokens_read), which is not saved and returns a tensor
+                of num_samples numbers in (0, 1], 0 being the beginning of the document and 1 now.
+                tokens_read is a tensor, one integer, or one for each row while a graph is traced;
+                then it returns the points of each row.
 
-        Raises `ValueError` for another name; points outside (0, 1] are refused when they are used.
+        Raises:
+            ValueError: for another name. Points outside (0, 1] raise when they are first used.
         """
         if not callable(sampling):
             if sampling not in SAMPLINGS:
@@ -194,16 +172,15 @@ class ElasticMemoryModel(DecoderModel):
                 layer.points = sampling
 
 
-class ElasticMemoryForCausalLM(DecoderForCausalLM, MemoryGenerationMixin):
+class ElasticMemoryForCausalLM(DecoderForCausalLM):
     """Elastic Memory as a language model."""
 
     config_class = ElasticMemoryConfig
     model_class = ElasticMemoryModel
-    _no_split_modules = ["ElasticMemoryLayer", "SlidingWindowLayer"]  # noqa: RUF012
 
     def set_sampling(self, sampling):
-        """As that of `ElasticMemoryModel`."""
+        """Set the points of the past, see `ElasticMemoryModel.set_sampling`."""
         self.model.set_sampling(sampling)
 
 
-make_known(ElasticMemoryModel, ElasticMemoryForCausalLM)
+register_auto_classes(ElasticMemoryModel, ElasticMemoryForCausalLM)

@@ -1,43 +1,43 @@
-"""Read a document once, however long it is, in constant memory.
+"""Read a document of any length in constant memory.
 
-    source  ->  parts, B t each  ->  pieces, B piece_length each  ->  the model, and its memory
+    source  ->  parts, B t each  ->  pieces, B piece_length each  ->  calls of the model
 
-Documents of different lengths are read side by side, each a row; the shorter ones are padded.
+A source is consumed lazily; how it is cut into parts changes nothing. Text is encoded in blocks:
 
-A source is consumed lazily and nothing of it is kept: what is held is one part, one piece and the
-cache. Where the source is cut into parts changes nothing: windows are counted in tokens, and text
-is encoded with the characters around it:
+    text  | context |   block   | context |     encoded at once; the block's tokens are kept
 
-    text  | context |   block   | context |     a token is given with the block that it begins in,
-          |<------- encoded once -------->|     so that each is given once
+The ids are those of `tokenizer(text)` if no token depends on characters more than `CONTEXT` away,
+as with tokenizers that split text into words first.
 """
 
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, groupby, islice, zip_longest
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby, islice, zip_longest
 from numbers import Integral
-from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from .cache import MelodiCache, check_cache
-from .refusals import refuse_dropout, refuse_unknown_ids
-from .versions import choose_cache
+from .validation import check_dropout, check_token_ids, choose_cache, require
 
-PIECE_WINDOWS = 8  # windows that one call reads unless told otherwise
-PROGRESS_DELAY = 3  # seconds of work before a bar appears
+PIECE_WINDOWS = 8  # windows per call of the model by default
+PROGRESS_DELAY = 3  # seconds before the progress bar appears
 BLOCK = 65_536  # characters that are encoded at once
 CONTEXT = 1_024  # characters on either side that a token may depend on
-LONGEST_PATH = 1_024  # characters of a string that may be meant as a path
-SUFFIXES = (".txt", ".md", ".html", ".pdf", ".json", ".jsonl", ".gz", ".parquet")  # of text files
+FILE_NAME = re.compile(r"\S*\.(txt|md|html|pdf|json|jsonl|gz|parquet)")
+ARRAYS = (Tensor, np.ndarray)  # an array may be a memory-mapped file
+NO_LISTS = (str, bytes, bytearray, tuple, range)
 
 
-@torch.no_grad()  # not inference mode: generate() goes on to write into the cache
+@torch.no_grad()  # not inference mode: generate() writes to the cache later
 def read_document(  # noqa: PLR0913
     model,
     source,
@@ -50,214 +50,127 @@ def read_document(  # noqa: PLR0913
     progress: bool | None = True,
     past_key_values: MelodiCache | None = None,
 ) -> MelodiCache:
-    """Read a document of any length in constant memory; the result is a cache for more reading and
-    for `generate`.
+    """Read a document of any length in constant memory and return the cache.
 
-    source: one of
-        - ids, as a tensor or an array (T or B T) or a list of integers. Padding is not recognised
-          by its id: pass attention_mask, or a list of documents.
-        - a string.
-        - a `pathlib.Path` of a text file in UTF-8. A string that names a file is refused.
-        - a list of documents of any lengths, each one of these kinds: they are read side by side,
-          and row i of the cache is that of document i.
-        - what a tokenizer returns, a mapping with input_ids and perhaps attention_mask.
-        - any other iterable (a generator, an open text file, a tuple of tensors): the parts of one
-          document, ids (T or B T), single integers and strings, in any order.
-    attention_mask: for ids with padding, of their shape, 1 at tokens and 0 at padding, wherever it
-        lies. Each row reads its tokens as if it were alone.
-    tokenizer: for strings, a fast one with the model's vocabulary. The parts of a text are joined
-        as they are (lines keep their ends). The ids are those of the whole text at once,
-        `tokenizer(text)`, special tokens in the text included, given that a token depends on no
-        character farther away than `CONTEXT`, as with tokenizers that split text into words first.
-    add_special_tokens: a text that begins a document is preceded by what the tokenizer puts before
-        texts or, if that is nothing, by the config's `bos_token_id`, unless it begins with it.
-        Nothing is put behind it.
-    cache, past_key_values: two names of what was read before, to continue from; it is written to
-        and returned. Whatever stops the reading, it holds the pieces read until then.
-    piece_length: tokens of each row that one call of the model reads; changes time and memory
-        needed, not the result.
-    progress: a bar with tokens per second, once it takes long; None: on a terminal only.
+    source: ids (a tensor or an array, T or B T, or a list of integers); a string; a `pathlib.Path`
+        of a text file in UTF-8; a list of such documents of any lengths, one for each row; what a
+        tokenizer returns (a mapping with input_ids); or any other iterable (a generator, an open
+        text file, a tuple of tensors) of the parts of one document: ids, integers and strings.
+    attention_mask: of the shape of the ids, 1 at tokens and 0 at padding, which may be anywhere.
+    tokenizer: for strings, a fast tokenizer with the model's vocabulary.
+    cache, past_key_values: two names of a cache to continue from, written to and returned.
+    piece_length: tokens per row and call of the model; the result does not depend on it.
+    add_special_tokens: precede text at the beginning of a document by what the tokenizer puts
+        before texts or, if that is nothing, by `bos_token_id` unless the text begins with it.
+    progress: whether to show a progress bar if reading takes long; None: on a terminal only.
 
-    Raises `ValueError` for a document without tokens, ids outside the vocabulary, sources that
-    could be misread, rows that change in number, a file that is not UTF-8, a tokenizer that is
-    missing, slow or too large, and a model that would read with dropout. Errors of the source
-    itself pass unchanged.
+    Raises `ValueError` for an empty document, ids outside the vocabulary, ambiguous sources (such
+    as the name of a file), rows that change in number, files that are not UTF-8, a tokenizer that
+    is missing, slow or too large, and dropout. Errors of the source pass unchanged. After an
+    error the cache holds the pieces that were read before.
     """
-    refuse_dropout(model)
-    given = choose_cache(cache, past_key_values)
-    cache = MelodiCache(model.config) if given is None else given
-    length = piece_columns(piece_length, model.config)
+    check_dropout(model)
+    cache, window = choose_cache(cache, past_key_values), model.config.window_length
+    cache = MelodiCache(model.config) if cache is None else cache
+    length: Any = PIECE_WINDOWS * window if piece_length is None else piece_length
+    message = f"piece_length is {length!r}: it must be a whole number of tokens, 1 or more, best"
+    is_length = isinstance(length, Integral) and int(length) >= 1
+    require(is_length, f"{message} a multiple of window_length={window}")
     check_cache(cache, model.config.num_hidden_layers)
-    is_first = int(cache.get_seq_length()) == 0
-    encode = text_encoder(tokenizer, model.config, add_special_tokens and is_first)
-    if isinstance(source, Mapping):
-        source, attention_mask = ids_and_mask(source, attention_mask)
-    pieces: Iterator[tuple[Tensor, Tensor | None]]
-    if attention_mask is not None:
-        pieces = masked_pieces(source, attention_mask, length, is_first)
-    elif is_batch(source):
-        pieces = batch_pieces(source, encode, length, is_first)
-    else:
-        pieces = ((ids, None) for ids in pieces_of(parts_of(source, encode, length), length))
-    columns = 0
-    bar = tqdm(
-        desc="reading",
-        total=number_of_tokens(source, attention_mask),
-        unit="token",
-        unit_scale=True,
-        dynamic_ncols=True,
-        delay=PROGRESS_DELAY,
-        disable=None if progress is None else not progress,
-    )
-    with bar:
-        for piece, mask in pieces:
-            try:
-                refuse_unknown_ids(piece, model.config.vocab_size)
-                ids = piece.to(model.device, torch.long)
-                if mask is not None:
-                    mask = mask.to(model.device)
-                model(ids, attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1)
-            except ValueError as error:
-                raise ValueError(f"{error} ({what_is_kept(columns, given)})") from error
-            columns += piece.shape[1]
-            bar.update(number_of_tokens(piece, mask))
-    if columns == 0:
-        raise ValueError("the document is empty: give at least 1 token")
+    is_new = int(cache.get_seq_length()) == 0
+    encode = text_encoder(tokenizer, model.config, all((add_special_tokens, is_new)))
+    pieces, total = pieces_and_total(source, attention_mask, encode, int(length), is_new)
+    read_pieces(model, cache, pieces, total, progress)
     return cache
 
 
-def what_is_kept(columns, cache):
-    """The end of an error message."""
-    if cache is not None:
-        return f"of this document {columns:,} tokens per row were read, into the given cache"
-    return (
-        f"{columns:,} tokens per row were read before; to keep such a beginning, give a "
-        f"MelodiCache as cache"
-    )
-
-
-def piece_columns(piece_length, config):
-    if piece_length is None:
-        return PIECE_WINDOWS * config.window_length
-    if not isinstance(piece_length, Integral) or piece_length < 1:
-        raise ValueError(
-            f"piece_length is {piece_length!r}: it must be a whole number of tokens, 1 or more, "
-            f"best a multiple of window_length={config.window_length}"
-        )
-    return int(piece_length)
-
-
-# Sources
-
-
-def number_of_tokens(ids, mask):
-    """How many tokens ids or their mask have, None if that is not known."""
-    if isinstance(mask, Tensor):
-        return int(mask.sum())
-    return ids.numel() if isinstance(ids, Tensor) else None
-
-
-def ids_and_mask(encoding, attention_mask):
-    """The ids and the mask of what a tokenizer returned."""
-    if "input_ids" not in encoding:
-        raise ValueError(
-            f"the source is a {type(encoding).__name__} with {', '.join(map(str, encoding))}: it "
-            f"must have input_ids"
-        )
-    ids = encoding["input_ids"]
-    mask = encoding.get("attention_mask") if attention_mask is None else attention_mask
-    if mask is not None and is_batch(ids) and len({len(row) for row in ids}) > 1:
-        # Rows of different lengths have no padding between them, but each may have its own.
-        pairs = zip(ids, mask, strict=True)
-        return [[i for i, keep in zip(*pair, strict=True) if keep] for pair in pairs], None
-    return ids, mask
-
-
-def masked_pieces(ids, mask, length, is_first) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of ids (T or B T) with padding, and of their mask."""
-    ids, mask = as_array("the source", ids), as_array("attention_mask", mask)
-    mask = torch.tensor(mask) if not isinstance(mask, Tensor) else mask
-    if tuple(ids.shape) != tuple(mask.shape):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} and the ids {tuple(ids.shape)}: give 1 "
-            f"for each token and 0 for each id of padding"
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("attention_mask holds numbers other than 0 and 1: give 1 at tokens")
-    has_tokens = (mask if mask.dim() == 2 else mask.reshape(1, -1)).bool().any(1)
-    if is_first and not has_tokens.all():
-        row = has_tokens.tolist().index(False)
-        raise ValueError(f"attention_mask has no token in row {row}: give at least 1 in each row")
-    yield from zip(columns_of(ids, length), columns_of(mask.long(), length), strict=True)
-
-
-def as_array(name, given):
-    """Ids or a mask, one number for each column, as a tensor or an array."""
-    if is_array(given):
-        return given
-    try:
-        return torch.tensor(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{name} is a {type(given).__name__} that is no batch of integers ({error}): with an "
-            f"attention_mask give ids and mask as tensors or lists of one shape"
-        ) from error
-
-
-def is_batch(source):
-    """Whether a source is a list of documents; a list of integers is one document."""
-    is_list = isinstance(source, Sequence) and not isinstance(source, str | tuple | range)
-    if not is_list or is_array(source) or isinstance(source, bytes | bytearray) or not source:
-        return False
-    first = source[0]
-    return not (isinstance(first, Integral) or (is_array(first) and first.ndim == 0))
-
-
-def batch_pieces(documents, encode, length, is_first) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of several documents, a row for each, padded behind those that have ended."""
-    nothing = torch.zeros(1, 0, dtype=torch.long)
-    rows = [pieces_of(parts_of(document, encode, length), length) for document in documents]
-    for pieces in zip_longest(*rows, fillvalue=nothing):
-        for i, piece in enumerate(pieces):
-            if is_first and piece is nothing:
-                raise ValueError(f"document {i} of the list is empty: give at least 1 token")
-            if len(piece) != 1:
-                raise ValueError(
-                    f"document {i} of the list has {len(piece)} rows: give each a row of its own; "
-                    f"if the list holds parts of one batch, give iter(source)"
+def read_pieces(model, cache, pieces, total, progress):
+    """Call the model on each piece, a dict of its ids and perhaps their mask."""
+    how = {"unit": "token", "unit_scale": True, "dynamic_ncols": True, "delay": PROGRESS_DELAY}
+    columns, hidden = 0, {True: False, False: True}.get(progress)  # None: tqdm decides
+    with tqdm(desc="reading", total=total, disable=hidden, **how) as bar:
+        for piece in pieces:
+            ids = piece["input_ids"]
+            try:
+                check_token_ids(ids, model.config.vocab_size)
+                inputs = {name: x.to(model.device, torch.long) for name, x in piece.items()}
+                model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
+            except ValueError as error:
+                kept = (
+                    f"{columns:,} tokens per row were read before, into the cache if you passed one"
                 )
-        is_first, width = False, max(piece.shape[1] for piece in pieces)
-        ids = torch.cat([nn.functional.pad(p.cpu(), (0, width - p.shape[1])) for p in pieces])
-        lengths = torch.tensor([[piece.shape[1]] for piece in pieces])
-        yield ids, (torch.arange(width) < lengths).long()
+                raise ValueError(f"{error} ({kept})") from error
+            columns += ids.shape[1]
+            bar.update(int(piece.get("attention_mask", torch.ones(ids.shape)).sum()))
+    require(columns, "the document is empty: give at least 1 token")
 
 
-def parts_of(source, encode, length) -> Iterator[Tensor]:
-    """The ids of a source in its order: B t each, t at most `length` unless it was a string.
+def look_up(table, value):
+    """Return the entry of the first row (types, entry) whose types include that of `value`."""
+    return next(entry for types, entry in table if isinstance(value, types))
 
-    encode: from an iterable of strings, and whether the source begins with them, to such ids.
-    """
-    for i, (kind, parts) in enumerate(groupby(stream_of(source), key=kind_of)):
-        if kind is str:
-            yield from encode(parts, i == 0)
-        elif kind is Integral:
-            while numbers := list(islice(parts, length)):
-                yield torch.tensor([numbers])
-        else:
-            for ids in parts:
-                yield from columns_of(ids, length)
+
+def pieces_and_total(source, mask, encode, length, is_new):
+    """Return the pieces of a source, and its number of tokens if that is known."""
+    if isinstance(source, Mapping):
+        found = f"the source is a {type(source).__name__} with {', '.join(map(str, source))}"
+        require("input_ids" in source, f"{found}: it must have input_ids")
+        mask = source.get("attention_mask") if mask is None else mask
+        source = source["input_ids"]
+        if mask is not None and is_batch(source) and len(set(map(len, source))) > 1:
+            # Rows of different lengths are not padded to one length, but may hold padding.
+            rows = [zip(*row, strict=True) for row in zip(source, mask, strict=True)]
+            source, mask = [[i for i, keep in row if keep] for row in rows], None
+    if mask is not None:
+        return masked_pieces(source, mask, length, is_new)
+    if is_batch(source):
+        return batch_pieces(source, encode, length, is_new), None
+    pieces = pieces_of(parts_of(source, encode, length), length)
+    return ({"input_ids": ids} for ids in pieces), getattr(source, "numel", lambda: None)()
+
+
+def masked_pieces(ids, mask, length, is_new):
+    """Return the pieces of ids with padding (T or B T), and their number of tokens."""
+    ids, mask = as_array("the source", ids), as_array("attention_mask", mask)
+    mask, shape = torch.asarray(mask, copy=True), tuple(ids.shape)
+    found = f"attention_mask has shape {tuple(mask.shape)} and the ids {shape}"
+    require(shape == tuple(mask.shape), f"{found}: give 1 for each token and 0 for padding")
+    is_binary = ((mask == 0) | (mask == 1)).all()
+    require(is_binary, "attention_mask holds numbers other than 0 and 1: give 1 at tokens")
+    counts = torch.atleast_2d(mask).flatten(1).sum(1)
+    check_counts(counts, is_new, "attention_mask has no token in row {}: give at least 1 per row")
+    pairs = zip(columns_of(ids, length), columns_of(mask.long(), length), strict=True)
+    return ({"input_ids": x, "attention_mask": keep} for x, keep in pairs), int(mask.sum())
+
+
+def batch_pieces(documents, encode, length, is_new) -> Iterator[dict[str, Tensor]]:
+    """Yield the pieces of several documents, one row for each, padded on the right."""
+    rows = [pieces_of(parts_of(document, encode, length), length) for document in documents]
+    for pieces in zip_longest(*rows, fillvalue=torch.zeros(1, 0, dtype=torch.long)):
+        for i, piece in enumerate(pieces):
+            found = f"document {i} of the list has {len(piece)} rows: give each a row of its own"
+            require(len(piece) == 1, f"{found}; if these are parts of one batch, give iter(source)")
+        counts = torch.tensor([piece.shape[1] for piece in pieces])
+        check_counts(counts, is_new, "document {} of the list is empty: give at least 1 token")
+        is_new, width = False, int(counts.max())
+        ids = torch.cat([pad(piece.cpu(), (0, width - piece.shape[1])) for piece in pieces])
+        yield {"input_ids": ids, "attention_mask": (torch.arange(width) < counts[:, None]).long()}
+
+
+def check_counts(counts, is_new, message):
+    """Raise `ValueError` for a row without tokens at the beginning of documents."""
+    row = [*counts.tolist(), 0].index(0)
+    require(not is_new or row == len(counts), message.format(row))
 
 
 def pieces_of(parts: Iterable[Tensor], length: int) -> Iterator[Tensor]:
-    """Parts of any length as pieces of `length` columns; the last piece may be shorter."""
+    """Yield parts of any length as pieces of `length` columns; the last may be shorter."""
     held: list[Tensor] = []
     columns = 0
     for part in parts:
-        if held and len(part) != len(held[0]):
-            raise ValueError(
-                f"the source gives {len(part)} rows after parts of {len(held[0])}: each part must "
-                f"continue the same rows"
-            )
+        rows = len((held or [part])[0])
+        found = f"the source gives {len(part)} rows after parts of {rows}"
+        require(len(part) == rows, f"{found}: each part must continue the same rows")
         held.append(part)
         columns += part.shape[1]
         if columns >= length:
@@ -268,173 +181,147 @@ def pieces_of(parts: Iterable[Tensor], length: int) -> Iterator[Tensor]:
         yield torch.cat(held, dim=1)
 
 
-def stream_of(source) -> Iterable[Any]:
-    """The parts of a source; what could be misread is refused."""
-    if isinstance(source, PathLike):
-        return text_of(source)
-    if isinstance(source, str):
-        refuse_path(source)
-        return [source]
-    if is_array(source):
-        return [source]
-    if isinstance(source, list | tuple):
-        first = source[0] if source else 0
-        if is_batch(source) or isinstance(first, str | list | tuple):
-            raise ValueError(
-                f"the source is a {type(source).__name__} of {type(first).__name__}, which could "
-                f"be several documents or one: for several give one list of them; for parts of "
-                f"one, iter(source)"
-            )
-        return [source] if isinstance(first, Integral) else source
-    if isinstance(source, Mapping):
-        raise ValueError(f"a document is a {type(source).__name__}: give its input_ids")
-    if isinstance(source, bytes | bytearray) or not isinstance(source, Iterable):
-        raise ValueError(
-            f"the source is a {type(source).__name__}, {source!r:.60}: give ids (a tensor or list "
-            f"of integers), a string, or what yields a document in such parts"
-        )
-    return source
+def is_batch(source):
+    """Return whether a source is a list of documents; a list of integers is one document."""
+    is_list = isinstance(source, Sequence) and not isinstance(source, NO_LISTS)
+    first = next(iter(source), 0) if is_list else 0
+    return getattr(first, "ndim", not isinstance(first, Integral)) != 0
 
 
-def refuse_path(text):
-    """Refuse a string that was perhaps meant as the path of a file."""
-    if len(text) > LONGEST_PATH or "\n" in text:
-        return
-    if os.path.isfile(text) or (text.endswith(SUFFIXES) and not re.search(r"\s", text)):
-        raise ValueError(
-            f"the source is the string {text!r}, which may be a path: to read the file give "
-            f"pathlib.Path({text!r}), to read these {len(text)} characters give iter([{text!r}])"
-        )
-
-
-def text_of(path) -> Iterator[str]:
-    """The text of a file in UTF-8, block by block."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            while block := file.read(BLOCK):
-                yield block
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{os.fspath(path)} is not text in UTF-8 ({error}): give "
-                f"open({os.fspath(path)!r}, encoding=...) with its encoding"
-            ) from error
-
-
-def kind_of(part) -> type:
-    """How a part is read: as a string, an integer, or a tensor of them."""
-    if isinstance(part, str):
-        return str
-    if isinstance(part, Integral):
-        return Integral
-    if is_array(part) or isinstance(part, list | tuple):
-        return Tensor
-    raise ValueError(
-        f"the source gives a {type(part).__name__}, {part!r:.60}: give ids (a tensor or list of "
-        f"integers) or strings (files opened in text mode)"
-    )
-
-
-def is_array(part):
-    """A tensor, or an array of NumPy, which may lie in a file."""
-    return hasattr(part, "dtype") and hasattr(part, "ndim") and not isinstance(part, Integral)
+def parts_of(source, encode, length) -> Iterator[Tensor]:
+    """Yield the ids of a document in their order: B t each."""
+    stream = look_up(STREAMS, source)(source)
+    for i, (arrays_of, run) in enumerate(groupby(stream, key=partial(look_up, RUNS))):
+        if arrays_of is None:
+            yield from encode(run, i == 0)
+            continue
+        for ids in arrays_of(run, length):
+            yield from columns_of(ids, length)
 
 
 def columns_of(ids, length) -> Iterator[Tensor]:
-    """Ids (T or B T) as tensors B t, t at most `length`."""
-    if isinstance(ids, list | tuple):
-        try:
-            ids = torch.tensor(ids, dtype=None if ids else torch.long)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the source gives a list that is not one of ids: {error}") from error
-    is_whole = str(ids.dtype).removeprefix("torch.").lstrip("u").startswith("int")
-    if not is_whole or ids.ndim > 2 or (ids.ndim == 2 and len(ids) == 0):
-        raise ValueError(
-            f"the source gives ids of type {ids.dtype} and shape {tuple(ids.shape)}: they must be "
-            f"integers, tokens or rows and tokens, of at least 1 row"
-        )
-    ids = ids.reshape(1, -1) if ids.ndim < 2 else ids
-    for begin in range(0, ids.shape[1], length):
-        part = ids[:, begin : begin + length]
-        # A copy of an array: torch warns about those that must not be written to.
+    """Yield ids (T or B T) as tensors B t, t at most `length`."""
+    ids = as_array("a part of the source", ids)
+    shape, is_whole = ids.shape, re.fullmatch(r"(torch\.)?u?int\d+", str(ids.dtype))
+    found = f"the source gives ids of type {ids.dtype} and shape {tuple(shape)}: they must be"
+    is_right = all((is_whole, len(shape) < 3, 0 not in shape[:-1]))
+    require(is_right, f"{found} integers, tokens or rows and tokens, of at least 1 row")
+    ids = ids.reshape((1, 1, *shape)[-2:])
+    for start in range(0, ids.shape[1], length):
+        part = ids[:, start : start + length]
+        # An array is copied: torch warns about arrays that are read-only.
         yield part.long() if isinstance(part, Tensor) else torch.tensor(part.astype("int64"))
 
 
-# Text
+def as_array(name, given):
+    """Return a list of ids as a tensor, an array unchanged."""
+    if isinstance(given, ARRAYS):
+        return given
+    try:
+        return torch.tensor(given, dtype=None if given else torch.long)
+    except (TypeError, ValueError, RuntimeError) as error:
+        found = f"{name} is a {type(given).__name__} that is no batch of integers ({error})"
+        raise ValueError(f"{found}: give a tensor, a list, or lists of one length") from error
 
 
-def text_encoder(tokenizer, config, begins) -> Callable[[Iterable[str], bool], Iterator[Tensor]]:
-    """What encodes the parts of a text, 1 t each; `begins`: the source begins a document."""
+def stream_of_text(text):
+    """Return a text as one part, unless it may be a path."""
+    tests = os.path.isfile, FILE_NAME.fullmatch
+    if re.fullmatch(".{,1024}", text) and any(test(text) for test in tests):
+        found = f"the source is the string {text!r}, which may be a path: to read the file give"
+        remedy = f"to read these {len(text)} characters give iter([{text!r}])"
+        raise ValueError(f"{found} pathlib.Path({text!r}), {remedy}")
+    return [text]
+
+
+def stream_of_list(source):
+    """Return the parts of a list or tuple."""
+    first = next(iter(source), 0)
+    found = f"the source is a {type(source).__name__} of {type(first).__name__}, which could be"
+    remedy = "for several give one list of them; for parts of one, iter(source)"
+    is_clear = not (is_batch(source) or isinstance(first, (str, list, tuple)))
+    require(is_clear, f"{found} several documents or one: {remedy}")
+    return [source] if isinstance(first, Integral) else source
+
+
+def stream_of_file(path) -> Iterator[str]:
+    """Yield the text of a file in UTF-8, block by block."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            yield from iter(partial(file.read, BLOCK), "")
+        except UnicodeDecodeError as error:
+            found = f"{os.fspath(path)} is not text in UTF-8 ({error})"
+            remedy = f"give open({os.fspath(path)!r}, encoding=...) with its encoding"
+            raise ValueError(f"{found}: {remedy}") from error
+
+
+def refuse(source, verb="is"):
+    found = f"the source {verb} a {type(source).__name__}, {source!r:.60}"
+    remedy = "give ids (a tensor, a list of integers, input_ids of a mapping), or tokenizer= and"
+    raise ValueError(f"{found}: {remedy} text (files opened in text mode)")
+
+
+STREAMS = (  # types of a document -> from the document to its parts
+    (os.PathLike, stream_of_file),
+    (str, stream_of_text),
+    (ARRAYS, lambda ids: [ids]),
+    ((list, tuple), stream_of_list),
+    ((Mapping, bytes, bytearray), refuse),
+    (Iterable, iter),
+    (object, refuse),
+)
+RUNS = (  # types of a part -> from a run of such parts to arrays or lists of ids; None for text
+    (str, None),
+    (Integral, lambda numbers, length: iter(lambda: list(islice(numbers, length)), [])),
+    ((*ARRAYS, list, tuple), lambda arrays, _: arrays),
+    (object, lambda parts, _: refuse(next(parts), "gives")),
+)
+
+
+def text_encoder(tokenizer, config, is_new):
+    """Return a function from the parts of a text to ids (1 t); `is_new`: of a new document."""
     if tokenizer is None:
-        return refuse_text
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not say where in the text its tokens lie: give a "
-            f"fast tokenizer, or ids"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary "
-            f"{config.vocab_size}: use the tokenizer that was saved with the model"
-        )
-    # A copy, because these switches belong to the tokenizer that the user keeps.
-    backend = copy.deepcopy(backend)
+        return lambda texts, _: refuse(next(texts), "gives")
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    size = config.vocab_size
+    found = f"{type(tokenizer).__name__} does not say where in the text its tokens are"
+    require(backend is not None, f"{found}: give a fast tokenizer, or ids")
+    found = f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {size}"
+    require(len(tokenizer) <= size, f"{found}: use the tokenizer that was saved with the model")
+    backend = copy.deepcopy(backend)  # the user's tokenizer keeps its settings
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
-    prefix = document_prefix(backend)
-    bos = None if prefix else config.bos_token_id
+    sample = backend.encode("a")
+    prefix = sample.ids[: [*sample.special_tokens_mask, 0].index(0)]
+    bos = [config.bos_token_id][len(prefix) :]
 
     def encode(texts, is_first):
-        before = prefix if begins and is_first else []
-        for ids in filter(None, text_ids(texts, backend)):
-            if begins and is_first and bos is not None and ids[0] != bos:
-                before = [bos]
-            yield torch.tensor([before + ids])
-            is_first, before = False, []
+        blocks = filter(None, text_ids(texts, backend))
+        for ids in islice(blocks, is_new & is_first):
+            yield torch.tensor([prefix + [i for i in bos if i not in (None, ids[0])] + ids])
+        yield from (torch.tensor([ids]) for ids in blocks)
 
     return encode
 
 
-def refuse_text(texts, is_first):
-    raise ValueError(f"the source gives text, {next(iter(texts))!r:.60}: give tokenizer= as well")
-
-
-def document_prefix(backend) -> list[int]:
-    """The ids that the tokenizer puts before a text."""
-    sample = backend.encode("a")
-    return sample.ids[: [*sample.special_tokens_mask, 0].index(0)]
-
-
 def text_ids(texts: Iterable[str], backend) -> Iterator[list[int]]:
-    """The ids of a text that comes in parts, block by block."""
-    text, begin = "", 0  # what is held, and where in it the tokens begin that were not given yet
-    for part in chain.from_iterable(map(blocks_of, texts)):
-        text += part
-        if len(text) < begin + BLOCK + CONTEXT:
-            continue
-        end = len(text) - CONTEXT
-        yield tokens_between(begin, end, encoded(text, backend))
-        text, begin = text[end - CONTEXT :], CONTEXT
-    yield tokens_between(begin, len(text) + 1, encoded(text, backend))
+    """Yield the ids of a text that comes in parts, block by block."""
+    held, start = "", 0  # text, and where in it the tokens begin that were not yielded yet
+    for block in (text[i : i + BLOCK] for text in texts for i in range(0, len(text), BLOCK)):
+        held += block
+        if len(held) >= start + BLOCK + CONTEXT:
+            end = len(held) - CONTEXT
+            yield ids_between(start, end, held, backend)
+            held, start = held[end - CONTEXT :], CONTEXT
+    yield ids_between(start, len(held) + 1, held, backend)
 
 
-def encoded(text: str, backend):
-    """A text as the tokenizer has it, without what it puts around texts."""
+def ids_between(start, end, text, backend) -> list[int]:
+    """Return the ids of the tokens that begin at characters `start` to `end` - 1 of a text."""
     if found := re.search("[\ud800-\udfff]", text):
-        raise ValueError(
-            f"the text holds {found.group()!r} after {text[: found.start()][-20:]!r}, half of a "
-            f"surrogate pair, which is no character: decode the source with errors='replace'"
-        )
-    return backend.encode(text, add_special_tokens=False)
-
-
-def blocks_of(text: str) -> Iterator[str]:
-    for begin in range(0, len(text), BLOCK):
-        yield text[begin : begin + BLOCK]
-
-
-def tokens_between(begin, end, encoding) -> list[int]:
-    """Ids of the tokens that begin at the characters `begin` to `end` - 1."""
+        where = f"{found.group()!r} after {text[: found.start()][-20:]!r}, half of a surrogate pair"
+        raise ValueError(f"the text holds {where}: decode the source with errors='replace'")
+    encoding = backend.encode(text, add_special_tokens=False)
     places = zip(encoding.ids, encoding.offsets, strict=True)
-    return [token for token, (start, _) in places if begin <= start < end]
+    return [token for token, (first, _) in places if start <= first < end]

@@ -1,106 +1,67 @@
-"""A layer whose every token attends to the W tokens before it, whichever window they lie in.
+"""A layer whose tokens attend to the W tokens before each, in this window and the last one.
 
     memory of window k-1   [ k v k v k v k v ]
     window k               [ x x x x x x x x ]   x_i sees memory i..W and x_0..x_{i-1}
     memory of window k     the keys and values of its own tokens
 
-Before the first token the memory is zeros, which are attended to unless `mask_empty_memory` is
-set. The configuration says how many tokens before a window are held (`tokens_carried`).
+At the beginning of a document the memory is zeros, which are attended to unless
+`mask_empty_memory` is set. `tokens_carried` of the configuration is the length of the memory.
 """
 
-from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-
-from .attention import Attention, merge_heads
-from .attention_map import AttentionMap
-from .decoder import DecoderLayer, FeedForward
-from .norm import RMSNorm, mean_size
+from .layer import Field, MemoryLayer
+from .modules import Attention, mean_rms
 
 
 class WindowMemory(NamedTuple):
     """Keys (of length one) and values of the last window, and of the w tokens of the open one."""
 
-    keys: Tensor  # B H W+w K
-    values: Tensor  # B H W+w K
+    keys: Any  # B H W+w K
+    values: Any  # B H W+w K
 
 
-class SlidingWindowLayer(DecoderLayer):
-    """A layer that attends to the W tokens before each token."""
+class SlidingWindowLayer(MemoryLayer):
+    """A layer whose tokens attend to the W tokens before each.
 
-    memory_type: ClassVar[type] = WindowMemory
-    window_axis = {"keys": 2, "values": 2}  # noqa: RUF012
-    changed_by_closing: ClassVar[tuple[str, ...]] = ("keys", "values")
-    kinds = {"short": ("keys", "values")}  # noqa: RUF012
-    stacks: ClassVar[tuple[type, ...]] = (FeedForward,)
+    attention: the class of its attention.
+    """
 
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config, self.past = config, config.tokens_carried
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config, always_sees=self.past > 0)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.attention_map = AttentionMap(self.past, self.past)
+    def __init__(self, config, layer_idx, attention=Attention):
+        past = self.past = config.tokens_carried
+        sizes = {"num_slots": past, "token_slots": past, "furthest": config.window_length}
+        super().__init__(config, attention(config, always_sees=past > 0, **sizes))
 
-    def memory_shapes(self, for_generation=False):
-        config = self.config
-        slots = self.past + (config.window_length if for_generation else 0)
-        return dict.fromkeys(
-            ("keys", "values"), (config.num_attention_heads, slots, config.head_dim)
-        )
+    def memory_fields(self):
+        return WindowMemory(*[window_field(self.config, self.config.tokens_carried)] * 2)
 
-    def slots_per_window(self):
-        return {"short": self.past}
+    def attend(self, h, memory, window):
+        q = self.self_attn.queries(h)
+        return self.self_attn(q, memory.keys, memory.values, self.filled_slots(window), window)
 
-    def forward(self, x, *memory, plan):
-        # x: B T D
-        packed = plan.pack_tokens(x)
-        h = self.dropout(self.input_layernorm(packed))
-        attended, memory = self.look_back(plan, self.memory_type(*memory), *self.project(h))
-        packed = packed + self.self_attn.o_proj(merge_heads(plan.join(attended, 2)))
-        packed = packed + self.dropout(self.mlp(self.post_attention_layernorm(packed)))
-        # Not parts of longer tensors, which FSDP warns of.
-        return plan.unpack_tokens(packed), *(held.contiguous() for held in memory)
+    def filled_slots(self, window):
+        """Count the slots of the last window that are filled in each row (R,)."""
+        return (window.windows_in_memory("short") > 0) * self.past
 
-    def project(self, h):
-        """B T D, normalised -> queries, keys and values of its tokens."""
-        return self.self_attn.queries(h), *self.self_attn.keys_values(h)
+    def close(self, memory, summaries, window):
+        length = self.config.window_length
+        keys, values = (t.narrow(2, length, self.past) for t in (memory.keys, memory.values))
+        return memory._replace(keys=keys, values=values), summaries, None
 
-    def look_back(self, plan, memory, *projected):
-        """What each chunk attended to, and the next memory, from `project`'s of packed tokens."""
-        return self.read_chunks(plan, memory, *(plan.split(t, 2) for t in projected))
+    def metrics(self, memory, windows_read):
+        """Compute memory_rms: root mean square of the values of the last window."""
+        return {"memory_rms": mean_rms(memory.values)} if self.past else {}
 
-    def figures(self, memory, windows_read):
-        """memory_rms: the size of the remembered values' numbers; keys have length one."""
-        return {"memory_rms": mean_size(memory.values)} if self.past else {}
 
-    def position_bias(self, chunk):
-        """H T J or B H T J, for the chunk's queries towards [last window | window]."""
-        furthest = self.config.window_length
-        return chunk.bias(partial(self.self_attn.bias_by_distance, furthest=furthest), self.past, 0)
+class ClearedWindowLayer(SlidingWindowLayer):
+    """A `SlidingWindowLayer` whose memory is emptied after every `context_windows` windows."""
 
-    def filled_slots(self, chunk):
-        """How many slots of the last window each row may see (R,)."""
-        return (chunk.windows_held("short") > 0) * self.past
+    def filled_slots(self, window):
+        since = window.windows_read % self.config.context_windows
+        return super().filled_slots(window) * (since > 0)
 
-    def read(self, chunk, bias, memory, q, k, v):
-        """One cell: q, k, v: B H T K -> what was attended to (B H T K), the next memory."""
-        past = self.past
-        keys, values = chunk.so_far((memory.keys, memory.values), 2, past)
-        keys, values = chunk.extend(keys, k, dim=2), chunk.extend(values, v, dim=2)
-        filled = self.filled_slots(chunk)
-        attended = self.self_attn(
-            q, keys, values, bias, past, filled, chunk.in_order, chunk.weights
-        )
-        memory = memory._replace(keys=keys, values=values)
-        return attended, self.close(memory, chunk) if chunk.closes else memory
 
-    def close(self, memory, chunk):
-        """The window is full: it becomes the last one."""
-        chunk.remember(memory)
-        length, held = self.config.window_length, (memory.keys, memory.values)
-        keys, values = (chunk.where_closed(t.narrow(2, length, self.past), t) for t in held)
-        return memory._replace(keys=keys, values=values)
+def window_field(config, past):
+    """Describe keys or values of the open window and the `past` tokens before it."""
+    shape = config.num_attention_heads, past + config.window_length, config.head_dim
+    return Field(shape, "short", past, window_axis=2, between=past)
