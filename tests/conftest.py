@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.utils.logging import warning_once
 
-from .models import MELODIS, SYSTEMS, build
+from .models import SYSTEMS, build
 
 torch.set_num_threads(1)  # the tensors are tiny, and sums keep their order
 
@@ -54,10 +54,4 @@ def seed():
 @pytest.fixture(params=SYSTEMS, scope="module")
 def model(request):
     """Every system in turn, in evaluation mode; tests that change a model build their own."""
-    return build(request.param)
-
-
-@pytest.fixture(params=MELODIS, scope="module")
-def melodi(request):
-    """Every variant of MELODI in turn."""
     return build(request.param)

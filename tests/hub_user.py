@@ -37,7 +37,7 @@ def author(run, outcome):
     at_hand = {"read": lambda folder: logits}  # where only the Hub matters
     attempt("no token", UNWRITTEN, token="")
     attempt("wrong token", UNWRITTEN, token="hf_of_nobody")
-    attempt("not mine", "somebody/published", **at_hand)
+    attempt("not mine", "other/published", **at_hand)
     attempt("wrong logits", UNWRITTEN, read=lambda folder: logits + 1e-5)
     attempt("no numbers", UNWRITTEN, read=lambda folder: logits * float("nan"))
     attempt("right", PUBLISHED, "--private")

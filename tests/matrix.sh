@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole suite on several versions of transformers and torch, each in a new environment.
-#   bash tests/matrix.sh                       the supported versions, below
-#   bash tests/matrix.sh newest                the newest of everything, without constraints
-#   bash tests/matrix.sh "5.17.0 2.9.1 0.17.0" -- -k generation    transformers, torch, torchao; options of pytest
+# Run the test suite on several versions of transformers and torch, each in a new environment.
+#   bash tests/matrix.sh                       the supported versions
+#   bash tests/matrix.sh newest                the newest releases, without constraints
+#   bash tests/matrix.sh "5.17.0 2.9.1 0.17.0" -- -k generation    transformers, torch, torchao; pytest options
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,7 +18,7 @@ done
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-# The versions of the recorded results, but for what goes with transformers and torch.
+# The pinned versions, except packages that depend on transformers and torch.
 grep -vE '^(torch|torchao|transformers|huggingface-hub|hf-xet|peft|trl)==' constraints.txt >"$scratch/constraints.txt"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
@@ -29,7 +29,7 @@ for row in "${rows[@]}"; do
     echo "== $row"
     if [[ $row == newest ]]; then
         "$environment/bin/pip" install -q --upgrade -e ".[dev]"
-        # The one new warning that is expected there, of a version that was not tested before.
+        # The expected warning about an untested version.
         options=(-W "default:melodi_hf was tested with transformers up to:UserWarning")
     else
         read -r transformers torch torchao <<<"$row"

@@ -60,26 +60,22 @@ def held(memory, name, config, tokens_given=0):
     return layer.short if "short_memory" in name else layer.long
 
 
-def read_segment(model, input_ids, memory, start, watched=True):
-    """The output of one call, what left each layer, and a list beside it: the summary tokens that
-    left each layer; or what entered the side layer, and what it made of that. Nobody can watch the
-    layers of a model that reads by diagonals."""
-    if not watched:
-        given = {"memory": memory, "reset_memory": start, "return_memory": True}
-        return model(input_ids, labels=input_ids, **given), [], []
+def read_segment(model, input_ids, memory, start):
+    """Return the output of one call, what each layer returned, and a list beside it: the summary
+    tokens that each layer returned, windows in order; or the side layer's input and output."""
     left, beside = [], []
 
-    def watch(module, inputs, output):
-        x = inputs[0]
-        doubled = model.config.side_residual == "double"
-        beside.extend((x, output[0] - x if doubled else output[0]))
+    def watch(module, args, kwargs, output):
+        beside.extend(kwargs["plan"].unpack(x) for x in (args[0], output[0]))
+
+    def watch_layer(module, args, kwargs, output):
+        left.append((kwargs["plan"].unpack(output[0]), output[1]))
 
     hooks = [
-        layer.register_forward_hook(lambda module, inputs, output: left.append(output))
-        for layer in model.model.layers
+        layer.register_forward_hook(watch_layer, with_kwargs=True) for layer in model.model.layers
     ]
     sides = [layer.side for layer in model.model.layers if hasattr(layer, "side")]
-    hooks += [side.register_forward_hook(watch) for side in sides]
+    hooks += [side.register_forward_hook(watch, with_kwargs=True) for side in sides]
     output = model(
         input_ids,
         memory=memory,
@@ -91,8 +87,13 @@ def read_segment(model, input_ids, memory, start, watched=True):
     for hook in hooks:
         hook.remove()
     has_summary = model.config.model_type == "melodi"
-    us = [result[1].flatten(1, 2) for result in left] if has_summary else beside
+    us = [windows_in_order(result[1], len(input_ids)) for result in left] if has_summary else beside
     return output, [result[0] for result in left], us
+
+
+def windows_in_order(summaries, rows):
+    """Summary tokens of all windows, window after window of all rows: C*B U D -> B C*U D."""
+    return summaries.unflatten(0, (-1, rows)).transpose(0, 1).flatten(1, 2)
 
 
 def named_layers(prefix, sizes, xs, beside):
@@ -114,7 +115,7 @@ def gradients(model):
     return to_meliad(found, model.config)
 
 
-def measure(path, model=None, segments=None, with_gradients=True, watched=True):
+def measure(path, model=None, segments=None, with_gradients=True):
     """Read all segments of a golden file, or the first -> each tensor's largest difference."""
     golden, sizes = read_golden(path)
     model = model or melodi_hf.from_meliad(path)
@@ -123,15 +124,14 @@ def measure(path, model=None, segments=None, with_gradients=True, watched=True):
     for segment in range(segments or sizes["num_segments"]):
         inputs = f"inputs/seg{segment}"
         ids, start = golden[f"{inputs}/input_ids"], golden[f"{inputs}/start_of_sequence"]
-        output, xs, us = read_segment(model, ids, memory, start, watched)
+        output, xs, us = read_segment(model, ids, memory, start)
         memory, tokens_given = output.memory, tokens_given + ids.shape[1]
         found = {
             f"outputs/seg{segment}/logits": output.logits,
             f"loss/seg{segment}/mean_cross_entropy": output.loss,
+            f"outputs/seg{segment}/final_hidden": output.hidden_states[-1],
+            **named_layers(f"layers/seg{segment}", sizes, xs, us),
         }
-        if watched:
-            found[f"outputs/seg{segment}/final_hidden"] = output.hidden_states[-1]
-            found |= named_layers(f"layers/seg{segment}", sizes, xs, us)
         state = [name for name in golden if name.startswith(f"state/seg{segment}/")]
         found |= {name: held(memory, name, model.config, tokens_given) for name in state}
         prefix = "grads" if segment == 0 else f"grads_seg{segment}"

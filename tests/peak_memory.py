@@ -1,13 +1,13 @@
-"""What a training step of a Memorizing Transformer takes at its peak, in a process of its own.
+"""Measure the peak memory of a training step of a Memorizing Transformer, in a new process.
 
-`python -m tests.peak_memory` prints it for several lengths of the memory.
+`python -m tests.peak_memory` prints a table of several lengths of the memory.
 """
 
 import subprocess
 import sys
 
 WINDOW, SEGMENT_WINDOWS, HEADS, CHANNELS = 512, 8, 2, 16
-BLOCK = 2**20  # scores at once, here
+BLOCK = 2**20  # elements of a block of scores
 MODELS = ("in_stack", "joint", "side")
 LENGTHS = (1024, 8192, 65536)
 PROGRAM = """
@@ -18,7 +18,7 @@ retrieval.BLOCK = BLOCK
 model = build(sys.argv[1], int(sys.argv[2]))
 memory = model.model.empty_memory(1)
 for tensor in memory.layers[0]:
-    tensor.normal_()  # held indeed: zeros are only promised
+    tensor.normal_()  # zeros may not be allocated until they are written
 before = peak()
 step(model, memory)
 print(before, peak())
@@ -54,7 +54,7 @@ def build(name, length):
 
 
 def step(model, memory):
-    """One training step of one segment."""
+    """Run one training step of one segment."""
     import torch
 
     torch.set_num_threads(1)
@@ -64,14 +64,14 @@ def step(model, memory):
 
 
 def peak():
-    """Bytes that this process held at most."""
+    """Read the peak resident memory of this process, in bytes."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
 def measure(name, length):
-    """Bytes that a step takes at its peak above what is held before it, the memory included."""
+    """Measure the peak memory of a step above that before it, in bytes."""
     command = [sys.executable, "-c", PROGRAM, name, str(length)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800)
     before, after = map(int, printed.stdout.split())
@@ -79,13 +79,13 @@ def measure(name, length):
 
 
 def memory_bytes(name, length):
-    """Of keys and values in float32."""
+    """Compute the bytes of the keys and values of the memory in float32."""
     slots = length + (SEGMENT_WINDOWS - 1) * WINDOW * (name == "side")
     return 2 * 4 * slots * HEADS * CHANNELS
 
 
 def mask_bytes(length):
-    """Of scores between all queries of a segment and all that they could see, in float32."""
+    """Compute the bytes of all scores of a segment in float32."""
     queries = SEGMENT_WINDOWS * WINDOW
     return 4 * HEADS * queries * (length + queries)
 
@@ -94,8 +94,8 @@ def main():
     sys.stdout.write("            entries   memory MB   peak MB   queries x entries MB\n")
     for name in MODELS:
         for length in LENGTHS:
-            figures = (memory_bytes(name, length), measure(name, length), mask_bytes(length))
-            cells = "".join(f"{figure / 2**20:12.0f}" for figure in figures)
+            sizes = (memory_bytes(name, length), measure(name, length), mask_bytes(length))
+            cells = "".join(f"{size / 2**20:12.0f}" for size in sizes)
             sys.stdout.write(f"{name:10}{length:9,}{cells}\n")
 
 

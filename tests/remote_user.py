@@ -1,4 +1,4 @@
-"""What somebody who has transformers but not this package does with a saved model.
+"""What a user who has transformers but not this package does with a saved model.
 
 Run as a program by the tests: `python remote_user.py FOLDER NEW_FOLDER IDS` leaves what came of it
 in NEW_FOLDER/seen.json, and copies of the model beside it.
@@ -30,7 +30,7 @@ def generate(model, ids):
 
 
 def refusal(auto_class, folder):
-    """What is told to somebody who does not trust the code."""
+    """What is told to a user who does not trust the code."""
     try:
         auto_class.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:

@@ -7,37 +7,37 @@ from melodi_hf.models.modeling_compressive_transformer import CompressiveLayer
 from melodi_hf.models.modeling_elastic_memory import ElasticMemoryLayer
 from melodi_hf.models.modeling_melodi import LongTermMelodiLayer, MelodiLayer
 
-from .models import DOCUMENT, VARIED, WINDOW, assert_near, build, draw
+from .models import DOCUMENT, SYSTEMS, WINDOW, assert_near, build, draw
 
 CHANNEL = 1  # of each head; a weight of attention is the same for all
 
-MORE = ["elastic_memory_sliding", "block_recurrent_two", "memorizing_transformer_joint"]
 
-
-def recorded(layer):
-    """Lists that take what comes out of v_proj and what goes into o_proj."""
-    values, found = [], []
-    layer.self_attn.v_proj.register_forward_hook(lambda module, args, out: values.append(out))
-    layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))
-    return values, found
+def record(layer):
+    """Lists of what goes through q_proj, v_proj and into o_proj."""
+    queries, values, found, attention = [], [], [], layer.self_attn
+    attention.q_proj.register_forward_pre_hook(lambda module, args: queries.append(args[0]))
+    attention.v_proj.register_forward_hook(lambda module, args, out: values.append((args[0], out)))
+    attention.o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    return queries, values, found
 
 
 def places(layer):
-    """Where the columns of the text lie among the tokens of a layer, summary tokens included."""
+    """The columns of the text among the tokens of a layer, summary tokens included."""
     columns = torch.arange(DOCUMENT)
-    summaries = layer.num_summaries if isinstance(layer, MelodiLayer) else 0
+    summaries = layer.config.num_summary_tokens if isinstance(layer, MelodiLayer) else 0
     return columns + columns // WINDOW * summaries
 
 
-def derivative(layer, values, found):
-    """H T T, of the outputs of attention by the values of the call's tokens."""
+def derivative(layer, queries, values, found):
+    """Differentiate the outputs of attention by the values of the call's tokens: H T T."""
     heads, place = layer.self_attn.num_heads, places(layer)
-    per_head = values[0].shape[-1] // heads
+    sources = [out for given, out in values if any(given is q for q in queries)]
+    others = [out for given, out in values if not any(given is q for q in queries)]
+    per_head, num_windows = sources[0].shape[-1] // heads, len(sources)
     channels = torch.arange(heads) * per_head + CHANNEL
     found = torch.cat(found, dim=1)[0, place][:, channels]  # T H; behind them is a state's
-    sources = [values[0]]
     if isinstance(layer, CompressiveLayer):  # which projects windows again as it remembers them
-        sources += values[3::2]
+        sources = sources + others[2::2]
     rows = []
     for output in found:
         grads = torch.autograd.grad(output.sum(), sources, retain_graph=True, allow_unused=True)
@@ -45,22 +45,22 @@ def derivative(layer, values, found):
             torch.zeros_like(source) if grad is None else grad
             for grad, source in zip(grads, sources, strict=True)
         ]
-        row = grads[0][0, place][:, channels]
-        if len(grads) > 1:
-            again = torch.cat(grads[1:], dim=1)[0][:, channels]
+        row = torch.cat(grads[:num_windows], dim=1)[0, place][:, channels]
+        if len(grads) > num_windows:
+            again = torch.cat(grads[num_windows:], dim=1)[0][:, channels]
             row[: len(again)] += again
         rows.append(row.T)
     return torch.stack(rows, dim=1)
 
 
-@pytest.mark.parametrize("name", [*VARIED, *MORE])
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_maps_are_derivatives_of_what_was_attended_to(name):
     model, ids = build(name).double(), draw(1, DOCUMENT)
-    lists = [recorded(layer) for layer in model.model.layers]
+    lists = [record(layer) for layer in model.model.layers]
     maps = model(ids, output_attentions=True, use_cache=False).attentions
     window = torch.arange(DOCUMENT) // WINDOW
-    for layer, found, (values, attended) in zip(model.model.layers, maps, lists, strict=True):
-        wanted = derivative(layer, values, attended)
+    for layer, found, lists_of_layer in zip(model.model.layers, maps, lists, strict=True):
+        wanted = derivative(layer, *lists_of_layer)
         if isinstance(layer, (MelodiLayer, ElasticMemoryLayer)):
             # Windows before are seen through memories, which are not shown.
             wanted = wanted * (window[:, None] == window)

@@ -8,21 +8,21 @@ import torch
 
 from benchmarks import peers, plots, speed
 from benchmarks.parts import peer_models
-from benchmarks.parts.floor import Machine, in_a_process_of_its_own
+from benchmarks.parts.floor import Machine, run_in_subprocess
 from melodi_hf import MelodiCache
-from melodi_hf.evaluation.tables import tables
+from melodi_hf.evaluation.tables import all_tables
 
 
 def run(script, monkeypatch, output, *arguments):
     """A script's `main` with what it gives to other processes done in this one."""
 
-    def here(_, request, lean=False):
+    def here(_, request, trim_heap=False):
         if script is speed:
             return speed.peak_of_training(request)
         kind, device, threads, tiny, request = request
         return peers.CHILDREN[kind](request, Machine(device, threads, tiny))
 
-    monkeypatch.setattr(script, "in_a_process_of_its_own", here)
+    monkeypatch.setattr(script, "run_in_subprocess", here)
     argv = [script.__name__, "--tiny", "--output", str(output), *arguments]
     monkeypatch.setattr(sys, "argv", argv)
     script.main()
@@ -44,20 +44,20 @@ def test_every_phase_has_its_share_of_the_floor(tmp_path, monkeypatch):
         0 < row["share of the floor"] < 1 for row in result["rows"] if "closing" not in row["phase"]
     )
     assert [row["its state"] for row in result["tables"]["latency"]] == ["read", "set"]
-    known = tables(tmp_path)
+    known = all_tables(tmp_path)
     assert {"benchmarks/speed", "benchmarks/speed/peak", "benchmarks/speed/latency"} <= set(known)
     assert "training step" in known["benchmarks/speed"]
 
 
 def test_a_state_that_was_set_differs_from_one_that_read_in_its_content_alone():
-    machine = Machine(hasty=True)
+    machine = Machine(quick=True)
     model = speed.build(speed.sizes(True, False)["tiny"].config, machine)
     short, long = speed.set_caches(model, (40, 100_006), machine)
     really = MelodiCache(model.config)
     speed.read(model, speed.draw(model.config, 6 + 32, machine), really)
     for layer, other in zip(long.layers, really.layers, strict=True):
         assert layer.progress.tokens_read.item() == 100_006
-        assert layer.progress.fill == other.progress.fill == 100_006 % 32
+        assert layer.progress.offset == other.progress.offset == 100_006 % 32
         shapes = [tensor.shape for tensor in layer.memory]
         assert shapes == [tensor.shape for tensor in other.memory]
         assert layer.memory.long_keys.ne(0).all()
@@ -103,8 +103,8 @@ def test_peer_has_as_many_parameters(name):
 
 @pytest.mark.parametrize("name", ["MELODI", "Llama", "sliding window", "Mamba2"])
 def test_peer_reads_in_pieces_what_it_reads_at_once(name):
-    """RecurrentGemma does not: its convolution begins anew with each piece."""
-    reader = peer_models.Reader(name, "tiny", Machine(hasty=True))
+    """RecurrentGemma does not: its convolution begins again with each piece."""
+    reader = peer_models.Reader(name, "tiny", Machine(quick=True))
     ids = reader.draw(40)
     reader.prefill(ids[:, :-1], None)
     at_once = reader.call(ids[:, -1:])
@@ -115,7 +115,7 @@ def test_peer_reads_in_pieces_what_it_reads_at_once(name):
 
 def test_state_is_every_tensor_that_the_next_token_needs():
     """RecurrentGemma holds a part in its modules."""
-    reader = peer_models.Reader("RecurrentGemma", "tiny", Machine(hasty=True))
+    reader = peer_models.Reader("RecurrentGemma", "tiny", Machine(quick=True))
     reader.prefill(reader.draw(40), None)
     recurrent = 2 * (32 * 4 + 3 * 32 * 4)  # the state, and three tokens of the convolution
     window = 2 * 32 * 4 * 15  # keys and values of one layer
@@ -126,4 +126,4 @@ def test_state_is_every_tensor_that_the_next_token_needs():
 def test_a_process_that_dies_is_told(tmp_path):
     script = tmp_path / "dies.py"
     script.write_text("import sys; sys.exit(3)")
-    assert in_a_process_of_its_own(script, []) == {"failed": "the process ended with status 3"}
+    assert run_in_subprocess(script, []) == {"failed": "the process ended with status 3"}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from record import keep, of_record
+from record import record_run, without_local_details
 from train import main, make_parser
 
 from melodi_hf.trainer import MemoryTrainer
@@ -95,9 +95,9 @@ def test_run_leaves_what_it_promises(tiny, tmp_path, capsys):
     assert "test perplexity" in capsys.readouterr().out
 
     # once finished, a run is not begun again
-    assert "holds a finished run, which is kept" in refused(tiny, capsys)
+    assert "contains a finished run" in refused(tiny, capsys)
     main([*tiny, "--resume"])
-    assert "nothing is left to resume" in capsys.readouterr().out
+    assert "nothing to resume" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_what_is_kept_tells_which_tokenizer_of_the_hub(path, kept, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     data = {"files": [], "validation_files": [], "test_files": []}
     recipe = {"data": data, "tokenizer": {"path": path}}
-    results = of_record({"recipe": recipe, "continuation": None})
+    results = without_local_details({"recipe": recipe, "continuation": None})
     assert results["recipe"]["tokenizer"]["path"] == kept
 
 
@@ -137,9 +137,9 @@ def test_stopped_run_goes_on_when_asked(tiny, tmp_path, monkeypatch, capsys):
         patch.setattr(MemoryTrainer, "training_step", stop_at_third_step)
         with pytest.raises(KeyboardInterrupt):
             main(tiny)
-    assert "go on with it by --resume" in refused(tiny, capsys)
+    assert "add --resume" in refused(tiny, capsys)
     told = refused([*tiny, "--set=training.learning_rate=0.1", "--resume"], capsys)
-    assert "was begun with training.learning_rate=0.002, not 0.1" in told
+    assert "was started with training.learning_rate=0.002, not 0.1" in told
     main([*tiny, "--resume"])
     whole, run = (
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "run")
@@ -189,13 +189,13 @@ def test_disk_that_is_full_is_refused(tiny, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     told = refused(tiny, capsys)
-    assert re.search(r"run needs [\d,]+ bytes for checkpoints, and its disk has 1,000 left", told)
+    assert re.search(r"run needs [\d,]+ bytes for checkpoints, but its disk has 1,000 free", told)
     assert not (tmp_path / "run" / "recipe.json").exists()
 
 
 def test_what_is_kept_tells_neither_folders_nor_documents(tiny, tmp_path):
     main(tiny)
-    kept = keep(tmp_path / "run", tmp_path / "cards")
+    kept = record_run(tmp_path / "run", tmp_path / "cards")
     results, left = json.loads(kept.read_text()), (tmp_path / "run" / "results.json").read_text()
     assert str(tmp_path) in left
     assert str(tmp_path) not in kept.read_text()

@@ -15,9 +15,9 @@ import pytest
 import train
 import yaml
 from parts import compare_speed
-from parts.excerpts import Asked, prepare_excerpts, spread
+from parts.excerpts import ExcerptRequest, prepare_excerpts, sample_evenly
 from parts.fairness import check_fair
-from parts.recipe import load_recipe, recipes_of, split_name
+from parts.recipe import list_recipes, load_recipe, split_name
 
 from melodi_hf.data.segments import Segments
 from melodi_hf.evaluation.comparison import comparison_tables
@@ -108,7 +108,7 @@ def in_this_process(monkeypatch):
         return SimpleNamespace(poll=lambda: 0, returncode=0)
 
     monkeypatch.setattr(compare, "start", start)
-    monkeypatch.setattr(compare, "POLL", 0)
+    monkeypatch.setattr(compare, "POLL_SECONDS", 0)
     return started
 
 
@@ -166,7 +166,7 @@ def test_all_systems_are_fed_the_same_tokens_in_the_same_order(
 
 def test_kinds_of_documents_are_mixed_in_equal_parts(command, tmp_path):
     options = compare.make_parser().parse_args(command)
-    recipes = compare.rows_of(options)
+    recipes = compare.load_rows(options)
     _, (run, other) = compare.prepare_runs(options, ["forgets", "slides"], recipes, tmp_path / "r")
     lines = (tmp_path / "r" / "excerpts" / "train.jsonl").read_text().splitlines()
     documents = [json.loads(line) for line in lines]
@@ -182,8 +182,8 @@ def test_kinds_of_documents_are_mixed_in_equal_parts(command, tmp_path):
 
 
 def test_documents_are_taken_at_even_distances():
-    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
-    assert spread(list(range(3)), 4) == [0, 1, 2]
+    assert sample_evenly(list(range(10)), 4) == [0, 2, 5, 7]
+    assert sample_evenly(list(range(3)), 4) == [0, 1, 2]
 
 
 def test_stopped_comparison_goes_on_and_skips_what_is_done(
@@ -203,8 +203,8 @@ def test_stopped_comparison_goes_on_and_skips_what_is_done(
     compare.main([*command, "--rows", "forgets", "slides"])
     assert in_this_process == ["forgets, seed 0", "slides, seed 0", "slides, seed 0"]
     told = capsys.readouterr().out
-    assert "forgets, seed 0: finished before" in told
-    assert "going on from" in told
+    assert "forgets, seed 0: already finished" in told
+    assert "resuming from" in told
     found = kept(tmp_path)
     assert found["slides-0"]["resumed"]
     assert found["slides-0"]["data"]["order"] == found["forgets-0"]["data"]["order"]
@@ -239,7 +239,7 @@ def test_ending_a_comparison_ends_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "start", start)
     command = lambda run: [sys.executable, "-c", programs[run.row]]  # noqa: E731
     monkeypatch.setattr(compare.Run, "command", command)
-    monkeypatch.setattr(compare, "keep", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(compare, "record_run", lambda *_: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         compare.run_all(runs, 2, tmp_path, {})
@@ -275,7 +275,7 @@ def wait_for(there, seconds=100):
 
 
 def test_the_table_of_the_repository_is_fair():
-    recipes = {split_name(name)[1]: load_recipe(name) for name in recipes_of(TABLE)}
+    recipes = {split_name(name)[1]: load_recipe(name) for name in list_recipes(TABLE)}
     counts = check_fair(recipes)
     assert list(counts) == list(recipes)
     assert max(counts.values()) <= 1.03 * min(counts.values())
@@ -284,8 +284,8 @@ def test_the_table_of_the_repository_is_fair():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"training.steps": 5}, "row odd has training.steps=5, row forgets 4: rows that are"),
-        ({"training.seed": 1}, "row odd has training.seed=1, row forgets 0"),
+        ({"training.steps": 5}, "row odd has training.steps=5, row forgets has 4: compared rows"),
+        ({"training.seed": 1}, "row odd has training.seed=1, row forgets has 0"),
         ({"data.min_tokens": 9}, "row odd has data.min_tokens=9"),
         ({"tokenizer.vocab_size": 301}, "row odd has tokenizer.vocab_size=301"),
         ({"evaluation.num_rows": 1}, "row odd has evaluation.num_rows=1"),
@@ -307,10 +307,10 @@ def test_comparison_that_is_not_fair_is_refused_before_it_begins(
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        (["--rows", "forgets", "nothing"], "there is no row 'nothing': the table has forgets, sl"),
+        (["--rows", "forgets", "nothing"], "there is no row 'nothing': choose from forgets, sl"),
         (["--test", "books"], "--test books: write NAME=FILE"),
         (["--test", "train=a.jsonl"], "--test train=a.jsonl: write NAME=FILE"),
-        (["--set=data.files=[]"], "data.files names no file"),
+        (["--set=data.files=[]"], "data.files is empty"),
         (["--test", "books=missing.jsonl"], "no file matches 'missing.jsonl'"),
     ],
 )
@@ -321,22 +321,24 @@ def test_wrong_arguments_are_refused(others, message, command, tmp_path, capsys)
 
 def test_other_excerpts_or_recipes_in_the_same_folder_are_refused(command, tmp_path, capsys):
     options = compare.make_parser().parse_args(command)
-    recipes = compare.rows_of(options)
+    recipes = compare.load_rows(options)
     output = (tmp_path / "runs").resolve()
     _, (run,) = compare.prepare_runs(options, ["forgets"], recipes, output)
     begun = json.dumps(load_recipe(run.recipe, run.changes).as_dict())
     (run.output / "recipe.json").write_text(begun)
     compare.prepare_runs(options, ["forgets"], recipes, output)  # the same again
     told = refused([*command, "--characters=99"], capsys)
-    assert "holds excerpts with characters=150, not 99: ask for the same, or choose another" in told
+    assert (
+        "has excerpts with characters=150, not 99: pass the same options, or choose another" in told
+    )
     told = refused([*command, "--set=training.learning_rate=1"], capsys)
-    assert "was begun with training.learning_rate=0.005, not 1.0" in told
+    assert "was started with training.learning_rate=0.005, not 1.0" in told
 
 
 def test_tokenizer_that_does_not_know_the_text_is_refused(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "letters")
     file = str(write_texts(tmp_path / "a.jsonl", 2, 20))
-    asked = Asked([file], {"t": file}, 100, 2, str(tmp_path / "letters"), 300)
+    asked = ExcerptRequest([file], {"t": file}, 100, 2, str(tmp_path / "letters"), 300)
     with pytest.raises(ValueError, match=r"of the tokens of train are unknown to the tokenizer"):
         prepare_excerpts(tmp_path / "excerpts", asked)
 

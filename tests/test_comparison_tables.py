@@ -95,7 +95,7 @@ def change_one(root, name, **changes):
 
 
 def test_a_row_per_model_in_the_order_of_the_systems(root):
-    table = tables.tables(root)["comparison/comparison"]
+    table = tables.all_tables(root)["comparison/comparison"]
     rows = cells(table)
     assert list(rows) == [
         "plain_transformer",
@@ -109,7 +109,7 @@ def test_a_row_per_model_in_the_order_of_the_systems(root):
         found = [math.exp(loss + harder) for loss in LOSSES["melodi", "melodi"].values()]
         mean, spread = statistics.mean(found), statistics.stdev(found)
         assert melodi[name] == f"{mean:.3f} ± {spread:.3f}"
-    assert melodi["numbers remembered"] == "4,096"
+    assert melodi["memory, floats"] == "4,096"
     assert melodi["parameters"] == "670,000"
     assert melodi["seeds"] == "2"
     assert (melodi["training, tokens/s"], melodi["decoding, tokens/s"]) == ("7,000", "300.50")
@@ -119,7 +119,7 @@ def test_a_row_per_model_in_the_order_of_the_systems(root):
 
 
 def test_differences_are_told_of_each_corpus_over_documents_and_seeds(root):
-    rows = cells(tables.tables(root)["comparison/comparison/differences"])
+    rows = cells(tables.all_tables(root)["comparison/comparison/differences"])
     assert "plain_transformer" not in rows
     # On every document the same, so there is no doubt, though documents differ.
     change = math.expm1(2.01 - 2.20)
@@ -131,7 +131,7 @@ def test_differences_are_told_of_each_corpus_over_documents_and_seeds(root):
 
 
 def test_orders_stand_below_one_another(root):
-    rows = cells(tables.tables(root)["comparison/comparison/order"])
+    rows = cells(tables.all_tables(root)["comparison/comparison/order"])
     systems = {name: system.published[:1] for name, system in read_systems().items()}
     theirs = rows["papers: PG-19, T5's vocabulary, per token"][1]
     melodi, xl = (systems[name][0].perplexity for name in ("melodi", "transformer_xl"))
@@ -140,12 +140,12 @@ def test_orders_stand_below_one_another(root):
     assert theirs.index("MELODI") < theirs.index("Transformer-XL")
     assert re.fullmatch(r"MELODI 7\.\d+ < Transformer-XL 8\.\d+", rows["here: books"][1])
     change_one(root, "melodi-0", evaluation__settings__carried=setting(9.0))
-    rows = cells(tables.tables(root)["comparison/comparison/order"])
+    rows = cells(tables.all_tables(root)["comparison/comparison/order"])
     assert rows["here: books"][1].startswith("Transformer-XL")
 
 
 def test_every_published_number_has_its_source(root):
-    table = tables.tables(root)["comparison/comparison/published"]
+    table = tables.all_tables(root)["comparison/comparison/published"]
     for name in ("melodi", "transformer_xl"):
         for number in read_systems()[name].published:
             assert f"| {number.perplexity:g}" in table
@@ -154,7 +154,7 @@ def test_every_published_number_has_its_source(root):
 
 def test_setup_is_told_from_the_runs(root):
     change_one(root, "melodi-1", commit="0123456789abcdef-dirty")
-    rows = cells(tables.tables(root)["comparison/comparison/setup"])
+    rows = cells(tables.all_tables(root)["comparison/comparison/setup"])
     assert rows["tokens read in training, padding included"][1] == "1,638,400"
     assert rows["rows x tokens of an update"][1] == "32 x 128"
     assert rows["tokens scored"][1] == f"{2 * sum(TOKENS):,}"
@@ -165,9 +165,15 @@ def test_setup_is_told_from_the_runs(root):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__order": "another"}, "has order another, melodi-1.json order of seed 1: runs"),
+        (
+            {"data__order": "another"},
+            "has order another, melodi-1.json has order of seed 1: compared",
+        ),
         ({"data__train": {"fingerprint": "g"}}, "has documents g"),
-        ({"training__updates": 399}, "transformer_xl-1.json has updates 399, melodi-1.json 400"),
+        (
+            {"training__updates": 399},
+            "transformer_xl-1.json has updates 399, melodi-1.json has 400",
+        ),
         ({"training__tokens": 9}, "has tokens 9"),
         (
             {"parameters": 690_000},
@@ -178,7 +184,7 @@ def test_setup_is_told_from_the_runs(root):
 def test_runs_that_are_not_comparable_give_no_table(root, changes, message):
     change_one(root, "transformer_xl-1", **changes)
     with pytest.raises(ValueError, match=message):
-        tables.tables(root)
+        tables.all_tables(root)
 
 
 def test_runs_of_another_kind_are_no_comparison(root):
@@ -192,7 +198,7 @@ def test_runs_of_another_kind_are_no_comparison(root):
 
 def test_page_holds_all_tables(root):
     asked = re.findall(r"<!-- table: (\S+) -->", PAGE.read_text(encoding="utf-8"))
-    assert set(asked) == {name for name in tables.tables(root) if name.startswith("comparison")}
+    assert set(asked) == {name for name in tables.all_tables(root) if name.startswith("comparison")}
 
 
 @pytest.mark.skipif(
@@ -200,4 +206,4 @@ def test_page_holds_all_tables(root):
 )
 def test_page_is_up_to_date():
     text = PAGE.read_text(encoding="utf-8")
-    assert tables.renew_blocks(text, tables.tables(ROOT)) == text
+    assert tables.update_blocks(text, tables.all_tables(ROOT)) == text

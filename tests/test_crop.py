@@ -1,5 +1,7 @@
 """Tokens that were read can be taken back exactly, and assisted decoding rests on it."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -8,8 +10,8 @@ from melodi_hf import MelodiCache
 from .models import (
     DOCUMENT,
     EACH,
+    FEW,
     SYSTEMS,
-    VARIED,
     WINDOW,
     assert_equal,
     assert_near,
@@ -39,7 +41,7 @@ IN_PIECES = [5, 1, 9, DOCUMENT - 15]
 @pytest.mark.parametrize(
     ("name", "cuts"),
     [(name, IN_PIECES) for name in SYSTEMS]
-    + [(name, cuts) for name in EACH for cuts in ([DOCUMENT], [1] * DOCUMENT)],
+    + [(name, cuts) for name in FEW for cuts in ([DOCUMENT], [1] * DOCUMENT)],
 )
 def test_any_number_of_tokens_can_be_taken_back(name, cuts):
     """Over three boundaries of windows, of one call or of many."""
@@ -50,7 +52,8 @@ def test_any_number_of_tokens_can_be_taken_back(name, cuts):
     whole = base.clone()
     for piece in ids[:, SEEN:].split(cuts, dim=1):
         read(model, piece, whole)
-    for removed in range(DOCUMENT + 1):
+    every = name in FEW and cuts is IN_PIECES  # else at the borders of windows and of calls
+    for removed in range(DOCUMENT + 1) if every else (1, 2, 7, 8, 14, 15, 21, DOCUMENT):
         cache, kept = whole.clone(), DOCUMENT - removed
         cache.crop(-removed)
         assert cache.get_seq_length() == SEEN + kept
@@ -60,7 +63,7 @@ def test_any_number_of_tokens_can_be_taken_back(name, cuts):
         assert_near(next_logits(model, other, cache), next_logits(model, other, fresh))
 
 
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_tokens_can_be_taken_back_again_and_again(name):
     """As assisted decoding does: read ahead, take some back, read others."""
     model, truth = build(name), draw(1, 4 * DOCUMENT)
@@ -77,21 +80,20 @@ def test_tokens_can_be_taken_back_again_and_again(name):
     assert_near(next_logits(model, following, cache), next_logits(model, following, fresh))
 
 
-@pytest.mark.parametrize("name", VARIED)
-@pytest.mark.parametrize("removed", [1, 4, WINDOW, DOCUMENT - 2])
-def test_rows_of_different_lengths_go_back_each_by_its_own_tokens(name, removed):
-    model, following = build(name), draw(3, WINDOW + 2)
-    before, ids = draw(3, 5), draw(3, DOCUMENT)
+def test_rows_of_different_lengths_go_back_each_by_its_own_tokens(model):
+    before, ids, following = draw(3, 5), draw(3, DOCUMENT), draw(3, WINDOW + 2)
     mask = torch.rand(3, DOCUMENT) < 0.6  # padding anywhere, also among what is taken back
-    cache = read(model, before)
-    cache.activate_past_recording()
+    begun = read(model, before)
+    whole = begun.clone()
+    whole.activate_past_recording()
     for first in range(0, DOCUMENT, 6):
         part = slice(first, first + 6)
-        read(model, ids[:, part], cache, attention_mask=mask[:, part].long())
-    cache.crop(-removed)
-    kept = DOCUMENT - removed
-    fresh = read(model, ids[:, :kept], read(model, before), attention_mask=mask[:, :kept].long())
-    assert_near(next_logits(model, following, cache), next_logits(model, following, fresh))
+        read(model, ids[:, part], whole, attention_mask=mask[:, part].long())
+    for removed in (1, 4, WINDOW, DOCUMENT - 2):
+        cache, kept = whole.clone(), DOCUMENT - removed
+        cache.crop(-removed)
+        fresh = read(model, ids[:, :kept], begun.clone(), attention_mask=mask[:, :kept].long())
+        assert_near(next_logits(model, following, cache), next_logits(model, following, fresh))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -103,9 +105,8 @@ def test_within_the_open_window_nothing_need_be_recorded(name):
     assert_near(next_logits(model, following, cache), next_logits(model, following, fresh))
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_what_cannot_be_taken_back_is_refused_and_nothing_is_lost(name):
-    model, ids = build(name), draw(2, SEEN)
+def test_what_cannot_be_taken_back_is_refused_and_nothing_is_lost():
+    model, ids = build("melodi"), draw(2, SEEN)
     cache = read(model, ids)
     with pytest.raises(ValueError, match=r"activate_past_recording\(\)"):
         cache.crop(-4)
@@ -117,20 +118,25 @@ def test_what_cannot_be_taken_back_is_refused_and_nothing_is_lost(name):
     assert_equal(next_logits(model, following, cache), next_logits(model, following, fresh))
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_a_recording_does_not_grow_with_the_document(name):
+    """Beyond the 1024 columns that can be taken back; a pickle holds all that the cache holds."""
     model = build(name)
     cache = MelodiCache(model.config)
     cache.activate_past_recording()
-    counts = []
-    for _ in range(6):
-        read(model, draw(1, 500), cache)
-        counts.append(len(cache.layers[0].journal))
-    assert max(counts) == counts[-1] == counts[3] <= 1024 // WINDOW + 1
+    sizes = []
+    for pieces in (1, 2, 1):
+        for _ in range(pieces):
+            read(model, draw(1, 64 * WINDOW), cache)
+        sizes.append(len(pickle.dumps(cache)))
+    assert sizes[0] < sizes[1]
+    assert abs(sizes[2] - sizes[1]) < 100  # numbers have more digits
 
 
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("helper", ["itself", "another", "prompt_lookup"])
+@pytest.mark.parametrize(
+    ("name", "helper"),
+    [(name, "another") for name in EACH] + [("melodi", "itself"), ("melodi", "prompt_lookup")],
+)
 def test_assisted_decoding_equals_greedy(name, helper):
     model, ids = build(name), draw(1, WINDOW + 3)
     ids = torch.cat((ids, ids), dim=1)  # something to look up
@@ -146,7 +152,7 @@ def test_assisted_decoding_equals_greedy(name, helper):
     assert_equal(model.generate(ids, cache=cache, **how, **assistant), wanted)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_after_taking_back_a_row_of_padding_goes_on_from_what_is_left(name):
     model, ids = build(name), draw(2, SEEN)
     cache = MelodiCache(model.config)
@@ -160,9 +166,8 @@ def test_after_taking_back_a_row_of_padding_goes_on_from_what_is_left(name):
         assert_near(found, model(ids[1:, :-5]).logits[0, -1])
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_what_a_row_of_padding_would_go_on_from_may_be_gone(name):
-    model, ids = build(name), draw(2, SEEN)
+def test_what_a_row_of_padding_would_go_on_from_may_be_gone():
+    model, ids = build("melodi"), draw(2, SEEN)
     cache = read(model, ids)
     cache.crop(-2)
     with pytest.raises(ValueError, match=r"row 1 has nothing but padding right after crop\(\)"):
@@ -214,7 +219,6 @@ def test_a_row_of_padding_needs_an_output_that_was_not_taken_back():
         cache = read(model, ids[:, :3])
         cache.activate_past_recording()
         read(model, ids, cache)
-        assert cache.layers[0].output.shape[1] == WINDOW + 6
         cache.crop(-removed)
         if removed == WINDOW + 5:
             with torch.no_grad():

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from parts.documents import check_documents, own_tokenizer, prepare
+from parts.documents import check_documents, prepare, train_own_tokenizer
 from parts.recipe import check_files, load_recipe
 
 from melodi_hf.data.text import Document, standard_library_documents
@@ -31,7 +31,7 @@ def recipe(tmp_path):
 
 
 def test_what_was_left_out_is_told_once(recipe, capsys):
-    tokenizer = own_tokenizer(recipe())
+    tokenizer = train_own_tokenizer(recipe())
     assert capsys.readouterr().out.strip() == ""
     train, validation, test = prepare(recipe(), tokenizer)
     assert [len(documents) for documents in (train, validation, test)] == [4, 3, 3]
@@ -53,7 +53,7 @@ def test_what_was_left_out_is_told_once(recipe, capsys):
 
 
 def test_shortest_length_and_number_of_documents_are_kept(recipe, tmp_path):
-    tokenizer = own_tokenizer(recipe())
+    tokenizer = train_own_tokenizer(recipe())
     train, validation, test = prepare(recipe("data.max_documents=2"), tokenizer)
     assert [document.id for document in train] == ["train0", "train1"]
     assert (len(validation), len(test)) == (3, 3)
@@ -67,7 +67,10 @@ def test_shortest_length_and_number_of_documents_are_kept(recipe, tmp_path):
 def test_own_tokenizer_is_that_of_the_documents(recipe):
     texts = [Document("", f"{i} words of it") for i in range(3)] + [Document("", "another")]
     expected = train_tokenizer(texts, 300, progress=False)
-    assert own_tokenizer(recipe()).backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert (
+        train_own_tokenizer(recipe()).backend_tokenizer.to_str()
+        == expected.backend_tokenizer.to_str()
+    )
 
 
 def test_a_run_goes_on_with_the_same_documents_only(recipe, tmp_path):
@@ -75,14 +78,16 @@ def test_a_run_goes_on_with_the_same_documents_only(recipe, tmp_path):
     output = tmp_path / "run"
     output.mkdir()
     before, _, _ = prepare(recipe(), tokenizer)
-    check_documents(output, before, going_on=False)
-    check_documents(output, before, going_on=True)
+    check_documents(output, before, is_resumed=False)
+    check_documents(output, before, is_resumed=True)
     write(tmp_path / "train.jsonl", "train")
     now, _, _ = prepare(recipe(), tokenizer)
-    with pytest.raises(ValueError, match=r"begun with 4 documents .* not those of now \(3, "):
-        check_documents(output, now, going_on=True)
-    check_documents(output, now, going_on=False)  # a run that begins anew
-    check_documents(output, now, going_on=True)
+    with pytest.raises(
+        ValueError, match=r"started with 4 documents .* differ from the current ones \(3, "
+    ):
+        check_documents(output, now, is_resumed=True)
+    check_documents(output, now, is_resumed=False)  # a run that begins again
+    check_documents(output, now, is_resumed=True)
 
 
 def test_files_that_are_not_there_are_refused_before_any_work(recipe, tmp_path):
@@ -90,4 +95,4 @@ def test_files_that_are_not_there_are_refused_before_any_work(recipe, tmp_path):
     (tmp_path / "val.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file matches .*val\.jsonl"):
         check_files(recipe())
-    check_files(recipe("training.evaluate_every=0"))  # nobody reads it
+    check_files(recipe("training.evaluate_every=0"))  # no one reads it

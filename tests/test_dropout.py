@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from melodi_hf.models.attention import Attention
+from melodi_hf.models.modules import Attention
 
 from .models import SYSTEMS, WINDOW, assert_differ, assert_near, build, draw, read_with_memory
 

@@ -1,10 +1,7 @@
 """Elastic Memory equals its twin, its points can be exchanged, and its state is exact."""
 
-import operator
-
 import pytest
 import torch
-from transformers.cache_utils import StaticCache
 
 from melodi_hf import (
     ElasticMemoryConfig,
@@ -14,6 +11,7 @@ from melodi_hf import (
 from melodi_hf.models import legs
 from melodi_hf.models.meliad import to_meliad
 
+from .cases import every_case
 from .models import (
     DOCUMENT,
     WINDOW,
@@ -214,7 +212,7 @@ def test_coefficients_stay_float32_in_a_model_of_halves(how):
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             for piece in ids.split(2, dim=1):
                 model(piece, cache=half)
-    exact, held = cache.layers[1].memory, half.layers[1].memory
+    exact, held = (each.to_memory(model).layers[1] for each in (cache, half))
     for field in ("key_coefficients", "value_coefficients"):
         found, wanted = getattr(held, field), getattr(exact, field)
         assert found.dtype == torch.float32
@@ -230,10 +228,10 @@ def test_a_token_of_the_first_block_is_remembered_after_many():
 
 
 def test_a_part_of_the_past_cannot_be_kept():
-    model = build("elastic_memory_sliding")
+    model = build("elastic_memory", memory_layers=(0, 2), other_layers="sliding")
     memory = model(draw(1, 2 * WINDOW), return_memory=True).memory
     with pytest.raises(
-        ValueError, match=r"long=1 windows should stay, but .* sums up the whole past"
+        ValueError, match=r"long=1 windows to keep, but .* summary of the whole past"
     ):
         model.base_model.forget(memory, long=1)
     emptied = model.base_model.forget(memory, long=0).layers[0]
@@ -250,7 +248,9 @@ def test_what_was_forgotten_is_a_past_of_zeros():
         model(ids[:, 2 * WINDOW :], memory=memory, return_memory=True)
         for memory in (before, emptied)
     )
-    past = legs.transition(torch.tensor(2 * WINDOW), 3 * WINDOW, legs.nodes(7)).past.float()
+    past = legs.transition(
+        torch.tensor(2 * WINDOW), 3 * WINDOW, legs.gauss_legendre_nodes(7)
+    ).past.float()
     for found, all_of_it, lost in zip(
         *(read.layers[0][:2] for read in (rest.memory, whole.memory, before)), strict=True
     ):
@@ -275,7 +275,7 @@ def test_gradients_flow_through_the_coefficients_within_a_call_alone():
 
 
 def test_rows_at_the_same_block_share_a_bank_and_so_do_layers(monkeypatch):
-    monkeypatch.setattr(legs, "KEPT", legs.Kept(legs.ROOM))
+    monkeypatch.setattr(legs, "BANKS", legs.LruCache(legs.CACHE_BYTES))
     made, transition = [], legs.transition
 
     def counted(tokens_read, *sizes):
@@ -292,50 +292,24 @@ def test_rows_at_the_same_block_share_a_bank_and_so_do_layers(monkeypatch):
     assert made == [0, WINDOW, 2 * WINDOW, 3 * WINDOW]
 
 
-@torch.no_grad()
-def test_a_compiled_step_remembers_only_where_a_block_begins_or_ends():
-    """Outside of the branches that a graph enters there, not one product with a bank is left."""
-    model, graphs = build("elastic_memory", num_hidden_layers=1, memory_layers=(0,)), []
-    torch.compiler.reset()
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    step = torch.compile(model, fullgraph=True, dynamic=False, backend=keep)
-    cache = StaticCache(config=model.config, max_cache_len=DOCUMENT)
-    ids = draw(1, 4)
-    model(ids[:, :3], cache=cache)
-    step(ids[:, 3:], cache=cache)
-
-    def products(graph):
-        return sum(node.target is operator.matmul for node in graph.graph.nodes)
-
-    (graph,) = graphs
-    branches = [part for name, part in graph.named_children() if name.startswith("cond_true")]
-    assert products(graph) == 0
-    assert sorted(products(branch) for branch in branches) == [3, 7]
-    torch.compiler.reset()
-
-
 def test_a_graph_of_ones_own_banks_equals_the_kept_ones():
     """Rows of a compiled graph stand anywhere: their banks are computed at once."""
     read = torch.tensor([0, 8, 800, 1_000_000])
-    known = legs.nodes(7)
+    known = legs.gauss_legendre_nodes(7)
     together = legs.transition(read, 8, known)
     for row, tokens in enumerate(read.tolist()):
-        alone = legs.kept_transition(tokens, 8, known, like=torch.zeros(1))
+        alone = legs.cached_transition(tokens, 8, known, like=torch.zeros(1))
         assert_near(together.past[row].float(), alone.past, atol=1e-7)
         assert_near(together.block[row].float(), alone.block, atol=1e-7)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("field", "value", "message"),
     [
         ("memory_order", 0, "memory_order is 0: it must be 1 or more"),
         ("num_memory_samples", 0, "num_memory_samples is 0: it must be 1 or more"),
-        ("sampling", "even", "sampling is 'even': it must be 'uniform' or 'exponential'"),
-        ("other_layers", "all", "other_layers is 'all': it must be 'block' or 'sliding'"),
+        ("sampling", "even", "sampling is 'even': it must be one of uniform, exponential"),
+        ("other_layers", "all", "other_layers is 'all': it must be one of block, sliding"),
         ("memory_layers", (3,), r"memory_layers \[3\] do not exist: the model has 3 layers"),
         ("memory_layers", (1, 1), r"memory_layers \[1, 1\] names a layer twice"),
     ],

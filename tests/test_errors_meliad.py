@@ -8,6 +8,8 @@ from safetensors.torch import load_file, safe_open, save_file
 
 import melodi_hf
 
+from .cases import every_case
+
 SOURCE = Path(__file__).parent / "golden" / "melodi_base.safetensors"
 
 
@@ -26,7 +28,7 @@ def test_parameters_alone_suffice(tmp_path):
     melodi_hf.from_meliad(rewritten(tmp_path / "parameters.safetensors"))
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.99])
+@every_case("kept", [0, 4, 100, 0.5, 0.99])
 def test_truncated_file(tmp_path, kept):
     path, content = tmp_path / "cut.safetensors", SOURCE.read_bytes()
     path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])

@@ -1,7 +1,8 @@
-"""The rest of what generate() offers, as with any other model."""
+"""Other features of generate(): outputs, attention maps, streaming, stopping criteria."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from melodi_hf import MelodiCache
@@ -16,10 +17,12 @@ def generate(model, ids, **how):
     return model.generate(ids, **how)
 
 
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("cache", ["default", "melodi", "static", "none"])
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("melodi", kind) for kind in ("melodi", "static", "none")] + [(n, "default") for n in EACH],
+)
 def test_everything_that_can_be_returned(name, cache):
-    """Scores, logits, hidden states and attentions of each token, as from reading all at once."""
+    """Scores, logits, hidden states and attentions equal those of one call with all tokens."""
     model, ids = build(name, attn_implementation="eager"), draw(2, WINDOW + 3)
     how = {
         "default": {},
@@ -48,7 +51,7 @@ def test_everything_that_can_be_returned(name, cache):
 
 @pytest.mark.parametrize("name", EACH)
 def test_attentions_are_laid_out_over_columns(name):
-    """Of rows with padding anywhere, read in pieces, as of each row alone."""
+    """Padded rows, read in pieces, have the attentions of each row alone."""
     model, ids = build(name), draw(3, 2 * WINDOW + 5)
     mask = torch.rand(ids.shape) < 0.7
     cache, maps = MelodiCache(model.config), []
@@ -61,7 +64,7 @@ def test_attentions_are_laid_out_over_columns(name):
         pad = torch.nn.functional.pad
         found = torch.cat([pad(part, (0, width - part.shape[-1])) for part in found], dim=2)
         assert found.shape == (3, model.config.num_attention_heads, width, width)
-        assert found.triu().abs().max() == 0  # what is not strictly before is not seen
+        assert found.triu().abs().max() == 0  # only earlier tokens are attended to
         for row, real in enumerate(mask):
             with torch.no_grad():
                 alone = model(ids[row, real][None], output_attentions=True).attentions[layer][0]
@@ -69,29 +72,37 @@ def test_attentions_are_laid_out_over_columns(name):
             assert found[row][:, ~real].abs().max() == found[row][:, :, ~real].abs().max() == 0
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_the_implementation_of_attention_can_be_changed(name, monkeypatch):
-    model, ids = build(name), draw(2, WINDOW + 3)
-    wanted, calls = model(ids).logits, []
-    model.set_attn_implementation("eager")
-    plainly = "melodi_hf.models.attention._attend_plainly"
-    from melodi_hf.models.attention import _attend_plainly
+class Fused(TorchDispatchMode):
+    """Counts calls of torch's fused attention."""
 
-    monkeypatch.setattr(plainly, lambda *args: calls.append(1) or _attend_plainly(*args))
-    assert_near(model(ids).logits, wanted)
-    assert calls
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += "scaled_dot_product" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_the_implementation_of_attention_can_be_changed(name):
+    model, ids, calls, logits = build(name), draw(2, WINDOW + 3), [], []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad(), Fused() as fused:
+            logits.append(model(ids).logits)
+        calls.append(fused.calls)
+    assert_near(*logits)
+    assert calls[0] > calls[1] == 0
 
 
 class Collector:
-    """A tokenizer of one letter per token, and what was written."""
+    """A tokenizer of one letter per token that records the text."""
 
     def decode(self, ids, **how):
         return "".join(f"{int(i)} " for i in ids)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_tokens_are_streamed_as_they_come(name, capsys):
-    model, ids = build(name), draw(1, 5)
+def test_tokens_are_streamed_as_they_come(capsys):
+    model, ids = build("melodi"), draw(1, 5)
     out = generate(model, ids, streamer=TextStreamer(Collector()))
     assert capsys.readouterr().out.split() == [str(i) for i in out[0].tolist()]
 
@@ -104,13 +115,12 @@ class StopAfter(StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_stopping_criteria_stop(name):
-    model, ids = build(name), draw(2, 5)
+def test_stopping_criteria_stop():
+    model, ids = build("melodi"), draw(2, 5)
     stop = StoppingCriteriaList([StopAfter(5 + WINDOW)])
     wanted = generate(model, ids)
     assert_equal(generate(model, ids, stopping_criteria=stop), wanted[:, : 5 + WINDOW])
-    # and it can go on from there
+    # generation can continue
     cache = MelodiCache(model.config)
     begun = generate(model, ids, stopping_criteria=stop, cache=cache)
     assert_equal(generate(model, begun, cache=cache, max_new_tokens=NEW - WINDOW), wanted)

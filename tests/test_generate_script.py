@@ -18,7 +18,9 @@ from melodi_hf import (
 from melodi_hf.data.text import Document
 from melodi_hf.data.tokens import encode_documents, train_tokenizer
 from melodi_hf.evaluation.continuation import continue_text, read_and_continue
-from melodi_hf.evaluation.perplexity import evaluate_perplexity, settings_of
+from melodi_hf.evaluation.perplexity import evaluate_perplexity, list_settings
+
+from .cases import every_case
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
 SIZES = {
@@ -61,7 +63,7 @@ def folder(model, tokenizer, tmp_path):
     return str(tmp_path / "model")
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 9, 40, 41])
+@every_case("length", [1, 2, 8, 9, 40, 41])
 def test_reading_in_pieces_continues_as_reading_whole(model, length):
     ids = torch.randint(0, model.config.vocab_size, (length,))
     everything = {"attention_mask": torch.ones(1, length, dtype=torch.long)}  # id 0, too
@@ -109,7 +111,7 @@ def test_generate_writes_the_continuation_and_what_it_took(folder, model, tokeni
     written = capsys.readouterr()
     assert written.out.rstrip("\n") == expected.rstrip("\n")
     assert f"read {info['tokens_read']:,} tokens" in written.err
-    assert f"held {info['memory_bytes']:,} bytes" in written.err
+    assert f"memory of {info['memory_bytes']:,} bytes" in written.err
     assert "tok/s" in written.err
 
 
@@ -126,9 +128,9 @@ def test_generate_reads_a_file_and_repeats_what_a_seed_draws(folder, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["FOLDER/none", "--prompt", "a"], "/none; name a folder that training/train.py left"),
+        (["FOLDER/none", "--prompt", "a"], "/none; pass an output folder of training/train.py"),
         (["no_folder", "--prompt", "a"], "there is no folder no_folder"),
-        (["EMPTY", "--prompt", "a"], "/empty gives no model (Unrecognized model"),
+        (["EMPTY", "--prompt", "a"], "/empty (Unrecognized model"),
         (["FOLDER", "--prompt", " \n"], "the prompt is empty"),
         (["FOLDER", "--prompt-file", "no_such_file"], "no_such_file"),
     ],
@@ -144,13 +146,13 @@ def test_generate_says_what_is_wrong(folder, arguments, message):
 def test_generate_refuses_what_it_would_ignore(capsys):
     with pytest.raises(SystemExit):
         generate_script.main(["folder", "--prompt", "a", "--temperature", "0.5"])
-    assert "need --sample" in capsys.readouterr().err
+    assert "add --sample" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_knows_more_than_the_model_is_refused(folder, tmp_path):
     larger = train_tokenizer([Document("a", TEXT + "other words " * 9)], 400, progress=False)
     larger.save_pretrained(tmp_path / "larger")
-    with pytest.raises(SystemExit, match=f"has {len(larger)} tokens, the model knows"):
+    with pytest.raises(SystemExit, match=f"has {len(larger)} tokens, but the model's vocabulary"):
         evaluate_script.main([folder, "--tokenizer", str(tmp_path / "larger")])
 
 
@@ -188,7 +190,7 @@ def test_evaluate_takes_out_what_it_is_told_to(folder, model, tmp_path, capsys):
     options = ["--data", str(tmp_path / "a.txt"), "--settings"]
     evaluate_script.main([folder, *options, "all"])
     rows = capsys.readouterr().out
-    for name in settings_of(model):
+    for name in list_settings(model):
         assert f"| {name} | " in rows
     evaluate_script.main([folder, *options, "emptied", "short_off"])
     rows = capsys.readouterr().out
@@ -199,5 +201,5 @@ def test_evaluate_takes_out_what_it_is_told_to(folder, model, tmp_path, capsys):
 def test_evaluate_says_what_is_wrong(folder):
     with pytest.raises(SystemExit, match="no_such_file"):
         evaluate_script.main([folder, "--data", "no_such_file.txt"])
-    with pytest.raises(SystemExit, match=r"setting 'queue' should be one of .* or queue_N"):
+    with pytest.raises(SystemExit, match=r"unknown setting 'queue': choose from .* and queue_N"):
         evaluate_script.main([folder, "--settings", "queue"])

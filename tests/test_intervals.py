@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from melodi_hf.evaluation import intervals
-from melodi_hf.evaluation.intervals import change, compare, describe_bootstrap, interval, resample
+from melodi_hf.evaluation.intervals import (
+    compare,
+    describe_bootstrap,
+    interval,
+    relative_increase,
+    resample,
+)
 
 NUMBERS = np.random.default_rng(0)
 TOKENS = NUMBERS.integers(50, 500, 7)
@@ -57,7 +63,7 @@ def test_the_interval_holds_the_middle_of_what_was_drawn():
 
 def test_documents_in_blocks_are_drawn_as_all_at_once(monkeypatch):
     wanted = resample({"nll": NLL})["nll"]
-    monkeypatch.setattr(intervals, "BLOCK", 100)
+    monkeypatch.setattr(intervals, "DRAWS_PER_BLOCK", 100)
     assert resample({"nll": NLL})["nll"].tolist() == wanted.tolist()
 
 
@@ -67,8 +73,8 @@ def test_what_is_no_number_is_left_out():
 
 
 def test_change_by_hand():
-    assert change(10, 10 + 4 * math.log(1.25), 4) == pytest.approx(0.25)
-    assert change(10 + 4 * math.log(2), 10, 4) == pytest.approx(-0.5)
+    assert relative_increase(10, 10 + 4 * math.log(1.25), 4) == pytest.approx(0.25)
+    assert relative_increase(10 + 4 * math.log(2), 10, 4) == pytest.approx(-0.5)
 
 
 def test_a_difference_is_as_sure_as_it_is_on_each_document():
@@ -92,7 +98,7 @@ def test_differences_per_word_and_byte():
 
 
 def test_few_documents_have_no_interval():
-    few = intervals.FEWEST - 1
+    few = intervals.MIN_DOCUMENTS - 1
     found = compare(rows()[:few], rows()[:few])
     assert found == {"change": 0, "interval": None}
     assert compare(rows()[: few + 1], rows()[: few + 1])["interval"] == [0, 0]
@@ -102,8 +108,8 @@ def test_few_documents_have_no_interval():
 def test_other_documents_are_refused():
     with pytest.raises(ValueError, match="has 7 documents and the other 6"):
         compare(rows(), rows()[1:])
-    with pytest.raises(ValueError, match=r"document '0' of .* the other has '1'"):
+    with pytest.raises(ValueError, match=r"document '0' .* the other has '1'"):
         compare(rows()[:6], rows()[1:])
     longer = rows(tokens=TOKENS + 2)
-    with pytest.raises(ValueError, match="compare models of different tokenizers by words"):
+    with pytest.raises(ValueError, match="compare models with different tokenizers by words"):
         compare(rows(), longer)

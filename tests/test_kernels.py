@@ -6,18 +6,27 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from melodi_hf.models import attention, loss
-from melodi_hf.models.attention import HIDDEN, RecomputedAttention, attend, hide_empty
-from melodi_hf.models.loss import (
+from melodi_hf.models import kernels
+from melodi_hf.models.kernels import (
     CrossEntropy,
     LinearCrossEntropy,
-    causal_lm_loss,
-    loss_without_logits,
+    Normalise,
+    RecomputedAttention,
 )
-from melodi_hf.models.norm import Normalise, RMSNorm, unit
-from melodi_hf.models.position import distance_bucket, spread_by_distance
-from melodi_hf.models.retrieval import Source, attend_to_nearest, attend_to_places
+from melodi_hf.models.loss import causal_lm_loss, loss_without_logits
+from melodi_hf.models.modules import (
+    MASK_VALUE,
+    RMSNorm,
+    attend,
+    distance_bucket,
+    mask_empty_slots,
+    merge_empty_slots,
+    spread_by_distance,
+    unit,
+)
+from melodi_hf.models.retrieval import Source, attend_to_nearest, attend_to_range
 
+from .cases import every_case
 from .models import assert_equal, assert_near
 
 
@@ -33,7 +42,7 @@ def attention_inputs(queries, keys, shape, in_order, dtype=torch.float64):
     bias = torch.randn(*shape, queries, keys, dtype=dtype)
     if in_order:
         place = torch.arange(keys - queries, keys)[:, None]
-        bias = bias.masked_fill(torch.arange(keys) >= place, HIDDEN)
+        bias = bias.masked_fill(torch.arange(keys) >= place, MASK_VALUE)
     return [tensor.requires_grad_() for tensor in (q, k, v, bias)]
 
 
@@ -49,8 +58,8 @@ ORDER = pytest.mark.parametrize("in_order", [False, True], ids=["any order", "in
 @ORDER
 @pytest.mark.parametrize(("queries", "keys"), [(4, 7), (5, 5), (1, 3), (1, 1)])
 def test_attention_equals_plain_attention(monkeypatch, shape, in_order, queries, keys):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
-    monkeypatch.setattr(attention, "WEIGHTS_AT_ONCE", 1)  # head by head
+    monkeypatch.setattr(kernels, "QUERY_BLOCK", 2)
+    monkeypatch.setattr(kernels, "WEIGHTS_AT_ONCE", 1)  # head by head
     inputs = attention_inputs(queries, keys, shape, in_order)
     found, wanted = RecomputedAttention.apply(*inputs, in_order), plain_attention(*inputs)
     if in_order and queries == keys:  # the first query sees nothing; its callers give it zero
@@ -70,15 +79,15 @@ def test_attention_equals_plain_attention(monkeypatch, shape, in_order, queries,
 @SHAPES
 @ORDER
 def test_attention_has_the_gradient_of_its_values(monkeypatch, shape, in_order):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
-    monkeypatch.setattr(attention, "WEIGHTS_AT_ONCE", 1)  # head by head
+    monkeypatch.setattr(kernels, "QUERY_BLOCK", 2)
+    monkeypatch.setattr(kernels, "WEIGHTS_AT_ONCE", 1)  # head by head
     inputs = attention_inputs(3, 5, shape, in_order=False)
     if in_order:  # what is hidden stays so under small changes
         inputs = attention_inputs(3, 5, shape, in_order=True)
-        mask = inputs[3] > HIDDEN / 2
+        mask = inputs[3] > MASK_VALUE / 2
 
         def function(q, k, v, bias):
-            return RecomputedAttention.apply(q, k, v, bias.where(mask, HIDDEN), True)
+            return RecomputedAttention.apply(q, k, v, bias.where(mask, MASK_VALUE), True)
     else:
 
         def function(q, k, v, bias):
@@ -87,8 +96,8 @@ def test_attention_has_the_gradient_of_its_values(monkeypatch, shape, in_order):
     assert gradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("trained", [False, True], ids=["bias given", "bias trained"])
+@every_case("eager", [False, True])
+@every_case("trained", [False, True], ids=["bias given", "bias trained"])
 def test_every_way_to_attend_is_the_same(eager, trained):
     q, k, v, bias = attention_inputs(4, 7, (2,), in_order=True, dtype=torch.float32)
     bias = bias.detach().requires_grad_(trained)
@@ -97,7 +106,7 @@ def test_every_way_to_attend_is_the_same(eager, trained):
     assert_near(attend(q, k, v, eager=eager), plain_attention(q, k, v, 0), atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [None, (5,), (2, 1, 1), (3, 1)], ids=str)
+@every_case("shape", [None, (5,), (2, 1, 1), (3, 1)], ids=str)
 def test_norm_has_the_gradient_of_its_values(shape):
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     gain = None if shape is None else torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -140,7 +149,7 @@ def test_unit_vectors(dtype):
 @pytest.mark.parametrize("chunk", [1, 14, 1 << 20], ids=["a row", "two rows", "all"])
 @pytest.mark.usefixtures("float64")
 def test_cross_entropy_has_the_gradient_of_its_values(monkeypatch, chunk):
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([3, -100, 0, 6, 3])
     assert gradcheck(lambda logits: CrossEntropy.apply(logits, target, -100), (logits,))
@@ -163,20 +172,19 @@ def test_loss_equals_that_of_torch_in_float32(dtype):
     assert_near(ours.float(), theirs.float(), atol=1e-6)
 
 
-@pytest.mark.parametrize("hides", [False, True], ids=["attended to", "hidden"])
-@pytest.mark.parametrize("filled", [[0, 0], [0, 3], [5, 2], [6, 7], [7, 7]], ids=str)
+@every_case("hides", [False, True], ids=["attended to", "hidden"])
+@every_case("filled", [[0, 0], [0, 3], [5, 2], [6, 7], [7, 7]], ids=str)
 def test_empty_slots_are_attended_to_as_one(hides, filled):
     """Zeros are what the oldest slots of a memory hold that is not full."""
     filled = torch.tensor(filled)
     q, k, v = (torch.randn(2, 2, n, 3, dtype=torch.float64) for n in (4, 7, 7))
     is_filled = (torch.arange(7) >= 7 - filled[:, None])[:, None, :, None]
     k, v = k * is_filled, v * is_filled
-    without = attention.leave_out_empty if hides else attention.fold_empty
-    keys, values, bias = without(k, v, filled)
+    keys, values, bias = merge_empty_slots(k, v, filled, hides)
     assert keys.shape[2] == min(7, int(filled.max()) + 1)
     if hides:
-        bias = hide_empty(bias, keys.shape[2], filled)
-        wanted = attend(q, k, v, hide_empty(None, 7, filled))
+        bias = mask_empty_slots(bias, keys.shape[2], filled)
+        wanted = attend(q, k, v, mask_empty_slots(None, 7, filled))
     else:
         wanted = attend(q, k, v)
     seeing = filled > 0 if hides else filled >= 0  # what sees nothing is zero by its caller's hand
@@ -186,13 +194,13 @@ def test_empty_slots_are_attended_to_as_one(hides, filled):
 @pytest.mark.parametrize("chunk", [1, 14, 1 << 20], ids=["a row", "two rows", "all"])
 @pytest.mark.usefixtures("float64")
 def test_loss_without_logits_has_the_gradient_of_its_values(monkeypatch, chunk):
-    monkeypatch.setattr(loss, "CHUNK_OF_PRODUCTS", chunk)
+    monkeypatch.setattr(kernels, "CHUNK_OF_PRODUCTS", chunk)
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([3, -100, 0, 6, 3])
 
     def found(*given):
-        return LinearCrossEntropy.apply(*given, target, -100, True)
+        return LinearCrossEntropy.apply(*given, target, -100)
 
     assert gradcheck(found, (hidden, weight))
     assert gradcheck(lambda hidden: found(hidden, weight.detach()), (hidden,))
@@ -214,8 +222,8 @@ def test_loss_without_logits_never_holds_them():
             return made
 
     with pytest.MonkeyPatch.context() as patch, Watch():
-        patch.setattr(loss, "CHUNK_OF_PRODUCTS", 10_000)
-        LinearCrossEntropy.apply(hidden, weight, target, -100, True).backward()
+        patch.setattr(kernels, "CHUNK_OF_PRODUCTS", 10_000)
+        LinearCrossEntropy.apply(hidden, weight, target, -100).backward()
     assert max(sizes) == 20 * 500
 
 
@@ -223,12 +231,12 @@ def test_a_loss_that_nobody_differentiates_costs_no_gradient(monkeypatch):
     hidden, target = torch.randn(1, 50, 8), torch.randint(20, (1, 50))
     weight = torch.randn(20, 8, requires_grad=True)
     products = []
-    monkeypatch.setattr(loss, "_add_product", lambda *given: products.append(given))
-    wanted = loss.loss_without_logits(hidden, weight, target)
+    monkeypatch.setattr(kernels, "add_product", lambda *given: products.append(given))
+    wanted = loss_without_logits(hidden, weight, target)
     assert products
     products.clear()
     with torch.no_grad():
-        assert_near(loss.loss_without_logits(hidden, weight, target), wanted, atol=1e-6)
+        assert_near(loss_without_logits(hidden, weight, target), wanted, atol=1e-6)
     assert not products
 
 
@@ -248,11 +256,11 @@ class Casts(TorchDispatchMode):
 
 def test_loss_without_logits_brings_the_head_to_the_precision_of_autocast_once(monkeypatch):
     """However many parts it is computed in; the numbers are those of autocast."""
-    monkeypatch.setattr(loss, "CHUNK_OF_PRODUCTS", 10 * 50)
+    monkeypatch.setattr(kernels, "CHUNK_OF_PRODUCTS", 10 * 50)
     hidden, weight = torch.randn(100, 6).requires_grad_(), torch.randn(50, 6).requires_grad_()
     target = torch.randint(50, (100,))
     with torch.autocast("cpu", torch.bfloat16), Casts(weight.shape) as casts:
-        found = LinearCrossEntropy.apply(hidden, weight, target, -100, True)
+        found = LinearCrossEntropy.apply(hidden, weight, target, -100)
         found.backward()
     assert casts.count == 1
     ours = hidden.grad.clone(), weight.grad.clone()
@@ -274,7 +282,7 @@ def test_loss_of_large_logits_is_finite():
     assert_equal(logits.grad, torch.tensor([[[0.5, -0.5], [0.0, 0.0]]]))
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 4), (4, 1), (3, 5), (5, 3), (4, 4)])
+@every_case(("queries", "keys"), [(1, 1), (1, 4), (4, 1), (3, 5), (5, 3), (4, 4)])
 def test_spread_by_distance_equals_a_loop(queries, keys):
     values = torch.randn(2, queries + keys - 1, dtype=torch.float64, requires_grad=True)
     found = spread_by_distance(values, queries, keys)
@@ -306,10 +314,10 @@ def rms_norm(x, gain):
 
 def attention_in_order(q, k, v, bias):
     place = torch.arange(2, 5)[:, None]
-    return attend(q, k, v, bias.where(torch.arange(5) < place, HIDDEN), in_order=True)
+    return attend(q, k, v, bias.where(torch.arange(5) < place, MASK_VALUE), in_order=True)
 
 
-PLACES = torch.arange(5).expand(2, -1)
+START = torch.zeros(2, dtype=torch.long)
 LOW, HIGH = torch.tensor([[0], [2]]), torch.tensor([[2, 3, 4]]).expand(2, -1)
 NEAREST = torch.tensor([0, 3, -1]).expand(2, 2, 3, -1)
 TARGET = torch.tensor([[3, -100, 0, 6, 3]])
@@ -329,11 +337,11 @@ FUNCTIONS = {  # and the shapes of what they are given
         [(1, 5, 4), (7, 4)],
     ),
     "places": (
-        lambda q, k, v: tuple(attend_to_places(q, [Source(k, v, PLACES)], LOW, HIGH)),
+        lambda q, k, v: tuple(attend_to_range(q, [Source(k, v, START)], LOW, HIGH)),
         [(2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 4)],
     ),
     "nearest": (
-        lambda q: tuple(attend_to_nearest(q, [Source(KEYS, KEYS.exp(), PLACES)], NEAREST)),
+        lambda q: tuple(attend_to_nearest(q, [Source(KEYS, KEYS.exp(), START)], NEAREST)),
         [(2, 2, 3, 4)],
     ),
 }
@@ -344,7 +352,7 @@ FUNCTIONS = {  # and the shapes of what they are given
 @pytest.mark.usefixtures("float64")
 def test_every_derivative(name, monkeypatch):
     """Backward, forward mode, many gradients at once, and gradients of gradients."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    monkeypatch.setattr(kernels, "QUERY_BLOCK", 2)
     function, shapes = FUNCTIONS[name]
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)

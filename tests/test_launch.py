@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train import main
 from transformers import AutoModelForCausalLM
 
+from .cases import every_case
 from .launch import ROOT, TORCHRUN, launch
 from .test_command_line import tiny  # noqa: F401 (a fixture)
 
@@ -108,7 +109,7 @@ def test_bfloat16_is_near_float32(alone, tiny, tmp_path, way):  # noqa: F811
     assert 1e-6 < max(differences) < 0.02
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@every_case("path", FILES, ids=lambda path: path.stem)
 def test_accelerate_knows_every_key(path):
     config = load_config_from_file(str(path))
     text = yaml.safe_load(path.read_text())

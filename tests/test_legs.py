@@ -9,9 +9,10 @@ from numpy.polynomial import legendre
 
 from melodi_hf.models import legs
 
+from .cases import every_case
 from .models import assert_differ, assert_equal, assert_near
 
-SEVEN = legs.nodes(7)
+SEVEN = legs.gauss_legendre_nodes(7)
 
 
 def generator(order):
@@ -37,27 +38,27 @@ def project(signal, order):
 
 
 def transition(tokens_read, length, order):
-    return legs.transition(torch.tensor(tokens_read), length, legs.nodes(order))
+    return legs.transition(torch.tensor(tokens_read), length, legs.gauss_legendre_nodes(order))
 
 
 def recur(signal, order, block):
-    held = signal.new_zeros(order, signal.shape[1])
+    coefficients = signal.new_zeros(order, signal.shape[1])
     for i, piece in enumerate(signal.split(block)):
         past, new = transition(i * block, block, order)
-        held = past @ held + new @ piece
-    return held
+        coefficients = past @ coefficients + new @ piece
+    return coefficients
 
 
-@pytest.mark.parametrize("order", [1, 2, 7, 64, 540])
+@every_case("order", [1, 2, 7, 64, 540])
 def test_nodes_integrate_products_of_the_polynomials_exactly(order):
-    nodes = legs.nodes(order)
+    nodes = legs.gauss_legendre_nodes(order)
     unit = torch.eye(order, dtype=torch.float64)
     assert_near(nodes.basis.T @ (nodes.weight[:, None] * nodes.basis), unit, atol=2e-14)
-    assert_near(nodes.basis, evaluate(nodes.place, order), atol=1e-8)  # near 1 theirs loses digits
+    assert_near(nodes.basis, evaluate(nodes.x, order), atol=1e-8)  # near 1 theirs loses digits
 
 
-@pytest.mark.parametrize("order", [1, 7, 64, 540])
-@pytest.mark.parametrize(("read", "length"), [(1, 1), (4, 4), (2048, 2048), (6, 512)])
+@every_case("order", [1, 7, 64, 540])
+@every_case(("read", "length"), [(1, 1), (4, 4), (2048, 2048), (6, 512)])
 def test_past_is_the_matrix_exponential(order, read, length):
     """Of A ln(t1 / t0); torch's own is 3e-12 off on the diagonal, which is known."""
     past = transition(read, length, order).past
@@ -68,7 +69,7 @@ def test_past_is_the_matrix_exponential(order, read, length):
     assert_near(past.triu(1), torch.zeros_like(past), atol=1e-13)
 
 
-@pytest.mark.parametrize("order", [1, 7, 64, 540])
+@every_case("order", [1, 7, 64, 540])
 def test_steps_can_be_taken_at_once(order):
     (first, a), (second, b) = (transition(read, length, order) for read, length in ((6, 2), (8, 3)))
     past, block = transition(6, 5, order)
@@ -76,17 +77,17 @@ def test_steps_can_be_taken_at_once(order):
     assert_near(torch.cat((second @ a, b), dim=1), block, atol=1e-13)
 
 
-@pytest.mark.parametrize("order", [7, 64])
-@pytest.mark.parametrize("read", [1, 6, 80])
+@every_case("order", [7, 64])
+@every_case("read", [1, 6, 80])
 def test_a_block_of_one_token_is_the_zero_order_hold(order, read):
     """A⁻¹ (e^{A ln(k / (k-1))} - 1) B."""
     past, block = transition(read, 1, order)
     a, b = generator(order)
-    held = torch.linalg.solve(a, (past - torch.eye(order)) @ b)
-    assert_near(block[:, 0], held, atol=1e-13)
+    wanted = torch.linalg.solve(a, (past - torch.eye(order)) @ b)
+    assert_near(block[:, 0], wanted, atol=1e-13)
 
 
-@pytest.mark.parametrize(("order", "block"), [(7, 32), (64, 96), (540, 12)])
+@every_case(("order", "block"), [(7, 32), (64, 96), (540, 12)])
 def test_block_after_block_equals_projecting_the_whole_past(order, block):
     """Also where there are more coefficients than tokens."""
     torch.manual_seed(0)
@@ -102,8 +103,8 @@ def test_the_first_block_owes_nothing_to_what_was_held():
     assert_near(block.sum(1), torch.tensor([1.0, 0, 0, 0]).double(), atol=1e-15)
 
 
-@pytest.mark.parametrize(("order", "tolerance"), [(64, 1e-13), (540, 1e-12)])
-@pytest.mark.parametrize("ratio", [(1, 1), (2048, 2048), (1_000_000, 512)])
+@every_case(("order", "tolerance"), [(64, 1e-13), (540, 1e-12)])
+@every_case("ratio", [(1, 1), (2048, 2048), (1_000_000, 512)])
 def test_what_was_held_never_grows(order, tolerance, ratio):
     """The norm is √(t0 / t1) once there are coefficients enough, and never more."""
     read, length = ratio
@@ -117,18 +118,20 @@ def test_rounding_does_not_add_up():
     """In float32, 400 blocks are as near to the projection as few."""
     torch.manual_seed(0)
     signal, order = torch.randn(400 * 8, 4), 64
-    held = signal.new_zeros(order, 4)
+    coefficients = signal.new_zeros(order, 4)
     for i, piece in enumerate(signal.split(8)):
-        past, new = legs.kept_transition(i * 8, 8, legs.nodes(order), like=held)
-        held = past @ held + new @ piece
+        past, new = legs.cached_transition(
+            i * 8, 8, legs.gauss_legendre_nodes(order), like=coefficients
+        )
+        coefficients = past @ coefficients + new @ piece
     wanted = project(signal.double(), order)
-    assert (held - wanted).norm() < 1e-6 * wanted.norm()
+    assert (coefficients - wanted).norm() < 1e-6 * wanted.norm()
 
 
 def reconstruction_error(signal, order):
-    """Relative, over the whole past; what is held is the part of the signal that is not lost."""
-    held = recur(signal, order, len(signal) // 6)
-    return float((1 - held.square().sum() / signal.square().mean(0).sum()).sqrt())
+    """Compute the relative error over the whole past from the energy of the coefficients."""
+    coefficients = recur(signal, order, len(signal) // 6)
+    return float((1 - coefficients.square().sum() / signal.square().mean(0).sum()).sqrt())
 
 
 @pytest.mark.parametrize(("order", "printed"), [(64, 0.98), (540, 0.83)])
@@ -148,17 +151,19 @@ def test_a_smooth_signal_is_held():
     assert errors[0] > 0.5
     assert errors[2] < 0.01  # what is left are the steps between tokens
     x = torch.rand(20).double()
-    held = legs.basis(x, legs.nodes(64)) @ recur(smooth, 64, 256)
+    coefficients = legs.basis(x, legs.gauss_legendre_nodes(64)) @ recur(smooth, 64, 256)
     between = torch.stack([(2 * math.pi * f * x + f).sin() for f in (1, 3, 8, 12)], dim=1)
-    assert_near(held, between, atol=1e-3)
+    assert_near(coefficients, between, atol=1e-3)
 
 
-@pytest.mark.parametrize("order", [7, 64, 540])
+@every_case("order", [7, 64, 540])
 def test_polynomials_between_the_nodes(order):
-    nodes = legs.nodes(order).place
+    nodes = legs.gauss_legendre_nodes(order).x
     x = torch.cat((torch.rand(50).double(), nodes[:3], torch.tensor([0.0, 0.5, 1.0]).double()))
     # A polynomial of degree n turns by n² near its ends: so much is lost to the rounding of x.
-    assert_near(legs.basis(x, legs.nodes(order)), evaluate(x, order), atol=1e-15 * order**2.5)
+    assert_near(
+        legs.basis(x, legs.gauss_legendre_nodes(order)), evaluate(x, order), atol=1e-15 * order**2.5
+    )
 
 
 # Points of the past
@@ -169,7 +174,7 @@ def test_uniform_points():
     assert_equal(found, torch.tensor([[1, 3, 5, 7]] * 2).double() / 8)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 1000, 1_000_000])
+@every_case("tokens", [1, 2, 1000, 1_000_000])
 def test_exponential_points(tokens):
     """The newest is the middle of the last token, the oldest that of the first, and ages grow by
     one factor."""
@@ -187,41 +192,43 @@ def test_exponential_points(tokens):
 
 def test_banks_are_kept_as_far_as_there_is_room(monkeypatch):
     one = torch.zeros(1)
-    kept = legs.Kept(room=3 * 4 * (7 * 7 + 7 * 8))  # bytes: three windows in float32
-    monkeypatch.setattr(legs, "KEPT", kept)
-    banks = [legs.kept_transition(8 * i, 8, SEVEN, like=one) for i in range(2000)]
-    assert len(kept.results) == 3
-    assert kept.bytes == kept.room
-    assert legs.kept_transition(8 * 1999, 8, SEVEN, like=one) is banks[1999]
-    again = legs.kept_transition(8, 8, SEVEN, like=one)  # was given up
+    cache = legs.LruCache(max_bytes=3 * 4 * (7 * 7 + 7 * 8))  # bytes: three windows in float32
+    monkeypatch.setattr(legs, "BANKS", cache)
+    banks = [legs.cached_transition(8 * i, 8, SEVEN, like=one) for i in range(2000)]
+    assert len(cache.results) == 3
+    assert cache.bytes == cache.max_bytes
+    assert legs.cached_transition(8 * 1999, 8, SEVEN, like=one) is banks[1999]
+    again = legs.cached_transition(8, 8, SEVEN, like=one)  # was given up
     assert again is not banks[1]
     assert_equal(again.past, banks[1].past)
     assert_differ(again.past, banks[2].past)
 
 
 def test_banks_made_in_inference_mode_serve_training(monkeypatch):
-    monkeypatch.setattr(legs, "KEPT", legs.Kept(legs.ROOM))
-    held = torch.zeros(7, 2, requires_grad=True)
+    monkeypatch.setattr(legs, "BANKS", legs.LruCache(legs.CACHE_BYTES))
+    coefficients = torch.zeros(7, 2, requires_grad=True)
     with torch.inference_mode():
-        legs.kept_transition(8, 8, SEVEN, like=held)
-        legs.kept_basis(legs.uniform, 3, 8, SEVEN, like=held)
-    past, _ = legs.kept_transition(8, 8, SEVEN, like=held)
-    (legs.kept_basis(legs.uniform, 3, 8, SEVEN, like=held) @ (past @ held)).sum().backward()
-    assert held.grad.abs().max() > 0
+        legs.cached_transition(8, 8, SEVEN, like=coefficients)
+        legs.cached_basis(legs.uniform, 3, 8, SEVEN, like=coefficients)
+    past, _ = legs.cached_transition(8, 8, SEVEN, like=coefficients)
+    (
+        legs.cached_basis(legs.uniform, 3, 8, SEVEN, like=coefficients) @ (past @ coefficients)
+    ).sum().backward()
+    assert coefficients.grad.abs().max() > 0
 
 
 def test_points_that_do_not_move_have_one_bank(monkeypatch):
-    monkeypatch.setattr(legs, "KEPT", legs.Kept(legs.ROOM))
+    monkeypatch.setattr(legs, "BANKS", legs.LruCache(legs.CACHE_BYTES))
     one = torch.zeros(1)
     for points, banks in ((legs.uniform, 1), (legs.exponential, 1 + 5)):
         for tokens in range(8, 48, 8):
-            legs.kept_basis(points, 3, tokens, SEVEN, like=one)
-        assert len(legs.KEPT.results) == banks
+            legs.cached_basis(points, 3, tokens, SEVEN, like=one)
+        assert len(legs.BANKS.results) == banks
 
 
 def test_banks_are_made_where_there_is_float64():
-    assert legs.where_exact(torch.device("mps")) == torch.device("cpu")
-    assert legs.where_exact(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert legs.float64_device(torch.device("mps")) == torch.device("cpu")
+    assert legs.float64_device(torch.device("cuda:1")) == torch.device("cuda:1")
 
 
 def test_rows_that_have_read_equally_much_go_together():
@@ -232,7 +239,7 @@ def test_rows_that_have_read_equally_much_go_together():
         return x + tokens, y * tokens
 
     read, x = torch.tensor([8, 0, 16, 8, 0]), torch.arange(5.0)[:, None]
-    found = legs.together(run, read, x, x)
+    found = legs.group_by_position(run, read, x, x)
     assert seen == [(0, [1, 4]), (8, [0, 3]), (16, [2])]
     assert_equal(found[0], x + read[:, None])
     assert_equal(found[1], x * read[:, None])

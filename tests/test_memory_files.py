@@ -1,4 +1,4 @@
-"""A memory in a file is the memory: whole, of the model that wrote it, or refused by name."""
+"""Memory files: saving, loading, continuing, and the errors for files that do not fit."""
 
 import json
 import os
@@ -14,20 +14,24 @@ from melodi_hf import MelodiCache
 from melodi_hf.models import memory_file
 from melodi_hf.models.memory_file import (
     FREE_FIELDS,
+    check_memory_of,
     load_memory_file,
     memory_fields,
     save_memory_file,
 )
 
+from .cases import every_case
 from .models import (
     DOCUMENT,
     EACH,
-    SYSTEMS,
+    FEW,
     assert_differ,
     assert_equal,
     build,
     build_config,
     draw,
+    tensors_of,
+    tokens_read,
 )
 
 
@@ -45,8 +49,7 @@ def next_logits(model, cache, ids, **how):
 
 def held(cache):
     """All tensors of a cache."""
-    counters = [layer.progress.tokens_read for layer in cache.layers]
-    return [tensor for layer in cache.layers for tensor in layer.memory] + counters
+    return [*tensors_of(cache), tokens_read(cache)]
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def file(tmp_path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A memory file that no test changes."""
+    """A memory file that is not changed by any test."""
     file, model = tmp_path_factory.mktemp("memory") / "book.memory", build("melodi")
     read(model, draw(2, DOCUMENT)).save(file)
     return file
@@ -82,7 +85,6 @@ def test_rows_that_stand_at_different_places(name, file):
     model, ids, more = build(name), draw(3, DOCUMENT), draw(3, 20)
     mask = (torch.arange(DOCUMENT) >= torch.tensor([[0], [5], [DOCUMENT - 1]])).long()
     cache = read(model, ids, attention_mask=mask)
-    assert cache.layers[0].progress.fill is None
     cache.save(file)
     loaded = MelodiCache.load(file)
     for how in ({"attention_mask": 1 - torch.eye(3, 20).long()}, {}):
@@ -121,7 +123,7 @@ def test_another_process_goes_on(file, tmp_path):
 
 
 def test_a_loaded_cache_is_a_cache(file):
-    """It is repeated, selected, emptied, copied and saved again like the one that was saved."""
+    """It can be repeated, selected, reset, copied and saved like the original."""
     model, more = build("melodi"), draw(4, 9)
     cache = read(model, draw(2, DOCUMENT))
     cache.save(file)
@@ -162,12 +164,12 @@ def test_further_tensors_come_back(file):
 # Types
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@every_case("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_the_type_is_kept(dtype, file):
     cache = read(build("melodi"), draw(1, DOCUMENT)).to(dtype)
     cache.save(file)
     loaded = MelodiCache.load(file)
-    assert {tensor.dtype for layer in loaded.layers for tensor in layer.memory} == {dtype}
+    assert {tensor.dtype for tensor in tensors_of(loaded)} == {dtype}
     assert_equal(held(loaded), held(cache))
 
 
@@ -187,7 +189,7 @@ def test_bfloat16_halves_the_file_and_is_gone_on_from_in_float32(name, file, tmp
     assert 1e-6 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_a_model_of_another_type_goes_on_when_it_is_named(name, file):
     model, more = build(name), draw(1, 20)
     cache = read(model, draw(1, DOCUMENT))
@@ -230,7 +232,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("field", CHANGES)
+@every_case("field", CHANGES)
 def test_another_model_is_refused_by_the_field_that_differs(field, written):
     value = CHANGES[field]
     model, cache = build("melodi", **{field: value}), MelodiCache.load(written)
@@ -272,6 +274,20 @@ def test_a_field_counts_unless_it_is_known_to_be_free(name):
         assert memory_fields(config).keys() == CHANGES.keys() | {"model_type"}
 
 
+def test_a_file_of_before_a_field_was_added_is_that_of_its_default():
+    """Files of earlier versions lack `context_windows` of the Transformer-XL."""
+    fields = memory_fields(build_config("transformer_xl", mask_empty_memory=True))
+    assert fields.pop("context_windows") is None
+    check_memory_of(fields, build_config("transformer_xl", mask_empty_memory=True))
+    with pytest.raises(ValueError, match=r"with context_windows=None and this one has .*=2:"):
+        check_memory_of(
+            fields, build_config("transformer_xl", mask_empty_memory=True, context_windows=2)
+        )
+    del fields["mask_empty_memory"]  # False by default
+    with pytest.raises(ValueError, match=r"with mask_empty_memory=False and this one has .*=True:"):
+        check_memory_of(fields, build_config("transformer_xl", mask_empty_memory=True))
+
+
 def test_a_config_that_went_through_a_file_is_the_same(written, tmp_path):
     config = build_config("melodi")  # its tuples are lists in JSON
     config.save_pretrained(tmp_path)
@@ -284,9 +300,9 @@ def test_other_weights_are_refused_where_both_models_are_named(file):
     cache.save(file, model=model)
     with pytest.raises(ValueError, match=r"by other weights than this model's: \d+ of \d+ matri"):
         MelodiCache.load(file, model=other)
-    MelodiCache.load(file, model=model.bfloat16())  # rounded, they are still the same
+    MelodiCache.load(file, model=model.bfloat16())  # rounding is allowed
     cache.save(file)
-    MelodiCache.load(file, model=other)  # nothing is known about them
+    MelodiCache.load(file, model=other)  # the file has no sample of weights
 
 
 # Files that are not a memory
@@ -329,7 +345,7 @@ def test_a_flipped_bit_anywhere_is_refused(written, file):
 
 
 def rewritten(written, file, **changes):
-    """The file with other metadata (None: without); tensors as they are."""
+    """Write the file again with other metadata (None removes an entry) and the same tensors."""
     header = json.loads(written.read_bytes()[8:].split(b"}}", 1)[0] + b"}}")
     metadata = {**header["__metadata__"], **changes}
     save_file(load_file(written), file, {n: v for n, v in metadata.items() if v is not None})
@@ -407,7 +423,7 @@ def test_folders_are_made_and_links_are_followed(tmp_path):
 # Copies
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_clone_and_what_it_was_cloned_from_read_on_alone(name):
     model, ids, more = build(name), draw(2, DOCUMENT), draw(2, 20)
     cache = read(model, ids)

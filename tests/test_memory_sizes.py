@@ -11,6 +11,8 @@ from melodi_hf import (
     TransformerXLConfig,
 )
 
+from .cases import every_case
+
 TOKENS = 65536  # that the long-term memory of every row covers
 
 # layers, channels, window, summary = short memory tokens, tokens pushed per window; floats, printed
@@ -112,7 +114,7 @@ ROWS += [
 ]
 
 
-@pytest.mark.parametrize(("build", "sizes", "exact", "printed"), ROWS)
+@every_case(("build", "sizes", "exact", "printed"), ROWS)
 def test_every_row_of_the_tables(build, sizes, exact, printed):
     floats = build(*sizes).memory_floats()
     assert isinstance(floats, int)
@@ -142,7 +144,7 @@ def test_memory_grows_with_every_size_that_it_holds():
     assert melodi(12, 1024, 512, 128, 65).memory_floats() - floats == 2 * 128 * 1024
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("sizes", "exact", "printed"),
     [
         # 12 layers, both memories of 512 slots (arithmetic, the paper prints no such number)
@@ -166,9 +168,7 @@ def test_both_memories_of_a_compressive_transformer(sizes, exact, printed):
     assert round(exact / 1e6, 1) == printed
 
 
-@pytest.mark.parametrize(
-    ("order", "floats"), [(540, 4_423_680), (1080, 8_847_360), (8640, 70_778_880)]
-)
+@every_case(("order", "floats"), [(540, 4_423_680), (1080, 8_847_360), (8640, 70_778_880)])
 def test_elastic_memory_holds_its_coefficients_however_long_its_blocks(order, floats):
     """The sizes "1x", "2x" and "16x" of the paper, in four of twelve layers."""
     config = ElasticMemoryConfig(memory_order=order)

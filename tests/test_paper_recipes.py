@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from costs import chip_hours, renewed, run_flops
-from parts.recipe import load_recipe, recipes_of
+from costs import chip_hours, run_flops, updated_files
+from parts.recipe import list_recipes, load_recipe
 
-from melodi_hf.models.costs import training_flops
+from .cases import every_case
 
 CONFIGURATION = Path(__file__).parents[1] / "configuration"
 ABLATIONS = CONFIGURATION / "ablations.yaml"
@@ -159,9 +159,11 @@ def test_every_row_and_column_has_its_recipe_and_there_are_no_others():
     assert len(found) == len(MAIN) * 6 + 3 * 4 + 3 * 4 + 1
 
 
-@pytest.mark.parametrize("name", ROWS)
+@every_case("name", ROWS)
 def test_recipe_is_its_row(name):
     row, recipe = ROWS[name], load_recipe(CONFIGURATION / "paper" / f"{name}.yaml")
+    assert_trained_as_the_paper_trains(recipe, name)
+    assert_reads_its_column(recipe, row.column)
     config = recipe.model_config()
     assert config.memory_floats() == row.floats
     assert recipe.expect.perplexity == row.perplexity
@@ -209,9 +211,7 @@ def assert_released_memory(config, row):
     assert config.mlp_bias
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_recipe_is_trained_as_the_paper_trains(name):
-    recipe = load_recipe(CONFIGURATION / "paper" / f"{name}.yaml")
+def assert_trained_as_the_paper_trains(recipe, name):
     training = recipe.training
     assert training.steps == (200_000 if name == "melodi_s128_l64_13x1024" else 500_000)
     assert training.num_rows * training.gradient_accumulation_steps == 32
@@ -221,9 +221,8 @@ def test_recipe_is_trained_as_the_paper_trains(name):
     assert training.precision == "bfloat16"
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_recipe_reads_the_documents_and_the_vocabulary_of_its_column(name):
-    recipe, column = load_recipe(CONFIGURATION / "paper" / f"{name}.yaml"), ROWS[name].column
+def assert_reads_its_column(recipe, column):
+    """Its documents and its vocabulary."""
     corpus, vocabulary = column.split("_")
     sources = {"pg19": "emozilla/pg19", "arxiv": "files", "c4": "allenai/c4"}
     assert recipe.data.source == sources[corpus]
@@ -238,26 +237,31 @@ def test_recipe_reads_the_documents_and_the_vocabulary_of_its_column(name):
     assert recipe.model_config(vocab_size=32000).vocab_size == (32128 if from_t5 else 32000)
 
 
-@pytest.mark.parametrize(("sizes", "column"), list(product(MAIN, range(len(COLUMNS)))))
-def test_head_tells_both_numbers_of_the_main_table_and_what_cannot_be_compared(sizes, column):
+@every_case("sizes", MAIN)
+def test_head_gives_both_numbers_of_the_main_table_and_what_cannot_be_compared(sizes):
     _, poster, first_version = MAIN[sizes]
-    path = CONFIGURATION / "paper" / "main" / f"{named(sizes)}_{COLUMNS[column]}.yaml"
-    head = path.read_text(encoding="utf-8").split("\nmodel:")[0]
-    assert f": {poster[column]:.2f} with 12 layers (poster" in head
-    assert f"has {first_version[column]:.2f} with 13." in head
-    assert ("stands in for it" in head) == ("t5" not in COLUMNS[column])
-    assert ("data.test_files=TEST" in head) == ("arxiv" in COLUMNS[column])
+    for column, name in enumerate(COLUMNS):
+        path = CONFIGURATION / "paper" / "main" / f"{named(sizes)}_{name}.yaml"
+        head = path.read_text(encoding="utf-8").split("\nmodel:")[0]
+        assert f": {poster[column]:.2f} with 12 layers (poster" in head, path
+        assert f"has {first_version[column]:.2f} with 13." in head, path
+        assert ("stands in for it" in head) == ("t5" not in name), path
+        assert ("data.test_files=TEST" in head) == ("arxiv" in name), path
 
 
 def test_ablations_are_the_grid_and_the_branching():
     names = [f"S{short}_L{long}" for short, long in product(GRID, GRID_LONG)]
     names += ["S128_L0_without_branching", "S128_L64_without_branching"]
-    assert recipes_of(ABLATIONS) == [f"{ABLATIONS}:{name}" for name in names]
+    assert list_recipes(ABLATIONS) == [f"{ABLATIONS}:{name}" for name in names]
 
 
-@pytest.mark.parametrize(("short", "place"), list(product(GRID, range(len(GRID_LONG)))))
-def test_row_of_the_grid(short, place):
-    long = list(GRID_LONG)[place]
+@every_case("short", GRID)
+def test_row_of_the_grid(short):
+    for place, long in enumerate(GRID_LONG):
+        assert_cell_of_the_grid(short, place, long)
+
+
+def assert_cell_of_the_grid(short, place, long):
     recipe = load_recipe(f"{ABLATIONS}:S{short}_L{long}")
     config = recipe.model_config()
     assert recipe.expect.perplexity == GRID[short][place]
@@ -290,7 +294,7 @@ def test_rows_of_the_branching(long, without, with_it):
 
 
 def test_figures_in_heads_and_tables_are_those_of_the_counts():
-    for file, text in renewed().items():
+    for file, text in updated_files().items():
         assert file.read_text(encoding="utf-8") == text, "python training/costs.py --renew"
 
 
@@ -298,7 +302,7 @@ def test_each_recipe_of_the_paper_stands_in_the_tables_once():
     text = (CONFIGURATION / "README.md").read_text(encoding="utf-8")
     for name in [Path(name).name + ".yaml" for name in ROWS if "/" in name]:
         assert text.count(f"| `{name}` |") == 1
-    for name in recipes_of(ABLATIONS):
+    for name in list_recipes(ABLATIONS):
         assert text.count(f"| `{name.rpartition(':')[2]}` |") == 1
 
 
@@ -315,7 +319,7 @@ def test_run_costs_its_steps():
 
 def test_trained_vocabulary_counts_with_the_size_it_will_have():
     recipe = load_recipe(CONFIGURATION / "paper" / "main" / "transformer_xl_pg19_custom.yaml")
-    row = training_flops(recipe.model_config(vocab_size=32000), 4096)
+    row = recipe.model_config(vocab_size=32000).training_flops(4096)
     assert run_flops(recipe) > row * 32 * 500_000
     larger = load_recipe(
         CONFIGURATION / "paper" / "main" / "transformer_xl_pg19_custom.yaml",

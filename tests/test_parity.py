@@ -21,7 +21,7 @@ from melodi_hf import (
     TransformerXLConfig,
     TransformerXLForCausalLM,
 )
-from melodi_hf.models import attention, loss, retrieval
+from melodi_hf.models import kernels, retrieval
 from melodi_hf.models.meliad import to_meliad
 
 from .parity_report import (
@@ -310,13 +310,13 @@ def float64(monkeypatch):
     """What the models compute in float32 for accuracy is computed in float64, like the rest;
     what they compute in blocks, in blocks that are smaller than the windows here."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
-    monkeypatch.setattr(loss, "CHUNK", 2 * TINY["vocab_size"])
+    monkeypatch.setattr(kernels, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(kernels, "CHUNK", 2 * TINY["vocab_size"])
     monkeypatch.setattr(retrieval, "BLOCK", 80)
 
 
 def random_model(model_class, config):
-    """In float64, all parameters drawn anew: or biases would be zero and signs alike."""
+    """In float64, all parameters drawn again: or biases would be zero and signs alike."""
     torch.manual_seed(0)
     model = model_class(config).double().eval()
     with torch.no_grad():

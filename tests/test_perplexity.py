@@ -20,8 +20,8 @@ from melodi_hf.data.tokens import EncodedDocument
 from melodi_hf.evaluation.intervals import interval, resample
 from melodi_hf.evaluation.perplexity import (
     evaluate_perplexity,
+    list_settings,
     position_edges,
-    settings_of,
 )
 
 VOCAB, WINDOW, START = 23, 4, 0
@@ -238,11 +238,11 @@ def test_settings_that_leave_all_or_nothing(documents):
 
 
 def test_all_settings_are_those_that_differ():
-    assert settings_of(melodi()) == ["carried", "emptied", "short_off", "long_off", "queue_1"]
-    assert settings_of(transformer_xl()) == ["carried", "emptied"]
+    assert list_settings(melodi()) == ["carried", "emptied", "short_off", "long_off", "queue_1"]
+    assert list_settings(transformer_xl()) == ["carried", "emptied"]
     without = MELODI | {"num_short_memory_tokens": 0, "long_memory_windows": 20}
     long_alone = MelodiForCausalLM(MelodiConfig(**without))
-    assert settings_of(long_alone) == ["carried", "emptied", "queue_1", "queue_4", "queue_16"]
+    assert list_settings(long_alone) == ["carried", "emptied", "queue_1", "queue_4", "queue_16"]
 
 
 def test_every_number_has_its_interval(documents):
@@ -341,13 +341,13 @@ def test_unreadable_documents_are_named(documents, ids, start_id, message):
 
 
 def test_nothing_to_score_is_refused(documents):
-    with pytest.raises(ValueError, match="no documents"):
+    with pytest.raises(ValueError, match="documents is empty"):
         evaluate(Stub(), [])
-    with pytest.raises(ValueError, match=r"'forgotten' should be one of .*queue_N"):
+    with pytest.raises(ValueError, match=r"'forgotten': choose from .*queue_N"):
         evaluate(Stub(), documents, settings=["forgotten"])
-    with pytest.raises(ValueError, match="'queue_0' should be one of"):
+    with pytest.raises(ValueError, match="'queue_0': choose from"):
         evaluate(melodi(), documents, settings=["queue_0"])
-    with pytest.raises(ValueError, match="settings are missing"):
+    with pytest.raises(ValueError, match="settings is empty"):
         evaluate(melodi(), documents, settings=[])
-    with pytest.raises(ValueError, match="'long_off' takes out long-term memory"):
+    with pytest.raises(ValueError, match="'long_off' needs a long-term memory"):
         evaluate(transformer_xl(), documents, settings=["carried", "long_off"])

@@ -33,7 +33,7 @@ def tokenizer():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(prepared.FOLDER, str(tmp_path / "cache"))
+    monkeypatch.setenv(prepared.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 500)  # several batches
     return tmp_path / "cache"
 
@@ -188,7 +188,10 @@ def test_stopped_anywhere_it_goes_on(books, tokenizer, cache, monkeypatch, batch
     assert prepared.read_manifest(folder) is None
     # What a process that is killed may leave beyond: ids of which the journal does not know, and
     # half of a line.
-    with (folder / prepared.IDS).open("ab") as ids, (folder / prepared.JOURNAL).open("ab") as lines:
+    with (
+        (folder / prepared.IDS_FILE).open("ab") as ids,
+        (folder / prepared.JOURNAL_FILE).open("ab") as lines,
+    ):
         ids.write(b"12345")
         lines.write(b'{"documents": [["a')
     encoded = []
@@ -200,7 +203,7 @@ def test_stopped_anywhere_it_goes_on(books, tokenizer, cache, monkeypatch, batch
     monkeypatch.setattr(prepared, "batch_encoder", encoder)
     assert contents(prepare_documents(read_documents(books), tokenizer)) == expected
     assert state(folder) == whole
-    journal = whole[prepared.JOURNAL].splitlines()
+    journal = whole[prepared.JOURNAL_FILE].splitlines()
     done = sum(len(json.loads(line)["documents"]) for line in journal[:batches])
     assert len(encoded) in (8 - done, 9 - done)  # and the repeated one
 
@@ -210,7 +213,7 @@ def test_a_folder_that_lost_a_part_is_mended(books, tokenizer, cache):
     folder = the_folder(cache)
     whole = state(folder)
     for size in (1001, 0):
-        os.truncate(folder / prepared.IDS, size)
+        os.truncate(folder / prepared.IDS_FILE, size)
         assert contents(prepare_documents(read_documents(books), tokenizer)) == expected
         assert state(folder) == whole
 
@@ -218,12 +221,12 @@ def test_a_folder_that_lost_a_part_is_mended(books, tokenizer, cache):
 def test_of_several_at_a_time_one_prepares(books, tokenizer, cache, monkeypatch, capfd):
     calls, results = [], []
 
-    def slowly(*args, right=prepared.write):
+    def slowly(*args, right=prepared.write_prepared):
         calls.append(args)
         time.sleep(0.5)
         return right(*args)
 
-    monkeypatch.setattr(prepared, "write", slowly)
+    monkeypatch.setattr(prepared, "write_prepared", slowly)
     threads = [
         threading.Thread(
             target=lambda: results.append(prepare_documents(read_documents(books), tokenizer))
@@ -238,7 +241,7 @@ def test_of_several_at_a_time_one_prepares(books, tokenizer, cache, monkeypatch,
     assert len(results) == 3
     assert all(contents(found) == contents(results[0]) for found in results)
     told = capfd.readouterr().err
-    assert told.count("another process prepares these documents: waiting for it") == 2
+    assert told.count("waiting for another process that prepares these documents") == 2
 
 
 # Where
@@ -249,34 +252,38 @@ def test_disk_that_is_full_is_told_and_gone_on_with(books, tokenizer, cache):
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
     try:
         with pytest.raises(
-            OSError, match=rf"{cache}.* takes no more .*by {prepared.FOLDER}"
+            OSError, match=rf"cannot write .* {cache} .* or set {prepared.CACHE_VARIABLE}"
         ) as full:
             prepare_documents(read_documents(books), tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert full.value.errno == errno.EFBIG
-    there = (the_folder(cache) / prepared.JOURNAL).read_bytes()
+    there = (the_folder(cache) / prepared.JOURNAL_FILE).read_bytes()
     assert there.count(b"\n") >= 1
     expected = encode_documents(read_documents(books).documents(Report()), tokenizer)
     assert contents(prepare_documents(read_documents(books), tokenizer)) == contents(expected)
-    assert (the_folder(cache) / prepared.JOURNAL).read_bytes().startswith(there.rsplit(b"\n", 1)[0])
+    assert (
+        (the_folder(cache) / prepared.JOURNAL_FILE)
+        .read_bytes()
+        .startswith(there.rsplit(b"\n", 1)[0])
+    )
 
 
 def test_a_folder_that_was_named_and_cannot_be_written_to_is_refused(books, tokenizer, monkeypatch):
-    monkeypatch.setenv(prepared.FOLDER, str(books / "below a file"))
+    monkeypatch.setenv(prepared.CACHE_VARIABLE, str(books / "below a file"))
     with pytest.raises(
-        OSError, match=rf"cannot be written to .*another folder by {prepared.FOLDER}"
+        OSError, match=rf"cannot be written to .*set {prepared.CACHE_VARIABLE} to another folder"
     ):
         prepare_documents(read_documents(books), tokenizer)
 
 
 def test_a_folder_that_nobody_named_is_replaced(books, tokenizer, monkeypatch, capfd, tmp_path):
     expected = contents(prepare_documents(read_documents(books), tokenizer))
-    monkeypatch.delenv(prepared.FOLDER)
+    monkeypatch.delenv(prepared.CACHE_VARIABLE)
     monkeypatch.setattr(prepared, "HF_HOME", str(books / "below a file"))
     monkeypatch.setattr(prepared.tempfile, "tempdir", str(tmp_path))
     assert contents(prepare_documents(read_documents(books), tokenizer)) == expected
-    assert "prepared anew each time until MELODI_HF_CACHE names" in capfd.readouterr().err
+    assert "encoded again each time; set MELODI_HF_CACHE" in capfd.readouterr().err
     monkeypatch.setattr(prepared, "HF_HOME", str(tmp_path / "home"))
     prepare_documents(read_documents(books), tokenizer)
     assert capfd.readouterr().err == ""
@@ -293,9 +300,7 @@ def test_a_tokenizer_written_in_python_is_not_trusted_to_be_the_same(books, cach
 
 def test_no_document_left_is_refused_and_leaves_nothing_whole(books, tokenizer, cache):
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"holds no documents \(.*9 shorter than 99,999 tokens"
-        ):
+        with pytest.raises(ValueError, match=r"has no documents \(.*9 shorter than 99,999 tokens"):
             prepare_documents(read_documents(books, min_tokens=99_999), tokenizer)
     books.write_text('{"body": "x"}')
     with pytest.raises(ValueError, match="as text_field"):

@@ -1,7 +1,6 @@
 """Probes measure what is remembered: who knows is right at every distance, who does not is not."""
 
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,16 +16,18 @@ from melodi_hf.evaluation.probe_files import read_examples
 from melodi_hf.evaluation.probes import (
     BLANK,
     CHOICES,
-    CUE,
+    CUE_TOKENS,
     MAKERS,
     MARK,
     Material,
     make_examples,
 )
-from melodi_hf.evaluation.probing import bootstrap, evaluate_probe, wilson
+from melodi_hf.evaluation.probing import bootstrap_interval, evaluate_probe, wilson_interval
 from melodi_hf.evaluation.queue_attention import queue_attention, ratios_by_age
 from melodi_hf.evaluation.tables import queue_table
+from melodi_hf.models.modules import Attention
 
+from .cases import every_case
 from .models import EACH, VOCABULARY, WINDOW, assert_near, build, draw
 from .text import tiny_tokenizer
 
@@ -93,13 +94,13 @@ class Copier(Oracle):
 
 ORACLES = {
     "passkey": Oracle(cue=4),  # "is " and the digits so far
-    "repeat": Oracle(cue=CUE - 1),
+    "repeat": Oracle(cue=CUE_TOKENS - 1),
     "recall": Oracle(),
     "copy": Copier(),
 }
 
 
-@pytest.mark.parametrize("probe", MAKERS)
+@every_case("probe", MAKERS)
 def test_who_remembers_is_right_and_who_reads_the_control_is_not(probe):
     for num_rows, segment_windows in ((1, 1), (5, 3)):
         shape = {"num_rows": num_rows, "segment_windows": segment_windows}
@@ -114,7 +115,7 @@ def test_who_remembers_is_right_and_who_reads_the_control_is_not(probe):
 @pytest.mark.parametrize("probe", ["repeat", "recall"])
 def test_who_forgets_is_right_up_to_there(probe):
     oracle = Oracle(reach=6 * WINDOW + 20, cue=ORACLES[probe].cue)
-    size = {"repeat": CUE + 4, "recall": 3}[probe]
+    size = {"repeat": CUE_TOKENS + 4, "recall": 3}[probe]
     examples = examples_of(probe, (0, 4 * WINDOW, 20 * WINDOW), size=size)
     near, middle, far = evaluate_probe(oracle, examples, progress=False)
     assert near["accuracy"] == middle["accuracy"] == 1
@@ -126,10 +127,10 @@ def test_who_forgets_is_right_up_to_there(probe):
     ("name", "probe"), [(EACH[0], probe) for probe in MAKERS] + [(EACH[1], "passkey")]
 )
 def test_how_texts_are_grouped_changes_nothing(name, probe, monkeypatch):
-    monkeypatch.setattr(probes, "LEAD", 2 * WINDOW + 1)
+    monkeypatch.setattr(probes, "LEAD_TOKENS", 2 * WINDOW + 1)
     model = build(name)
     examples = examples_of(
-        probe, (3, 4 * WINDOW), count=2, size=CUE + 3 if probe == "repeat" else 4
+        probe, (3, 4 * WINDOW), count=2, size=CUE_TOKENS + 3 if probe == "repeat" else 4
     )
     alone, together = (
         evaluate_probe(model, examples, progress=False, num_rows=rows, segment_windows=windows)
@@ -162,10 +163,10 @@ def test_the_fact_lies_where_it_is_said_to():
     length = len(passkey.text.ids) + 1  # the last token of the question begins each choice
     assert last_digit + len(".") + distance + question == length - 1
     assert len({tuple(choice.targets) for choice in passkey.choices}) == CHOICES
-    (repeat,) = examples_of("repeat", (distance,), count=1, size=CUE + 3)
-    passage = [*repeat.text.ids[-(CUE + 2) :], repeat.text.targets[-1]]
-    end_of_gap = len(repeat.text.ids) - (CUE + 2)
-    first = repeat.text.ids[: end_of_gap - distance][-(CUE + 3) :]
+    (repeat,) = examples_of("repeat", (distance,), count=1, size=CUE_TOKENS + 3)
+    passage = [*repeat.text.ids[-(CUE_TOKENS + 2) :], repeat.text.targets[-1]]
+    end_of_gap = len(repeat.text.ids) - (CUE_TOKENS + 2)
+    first = repeat.text.ids[: end_of_gap - distance][-(CUE_TOKENS + 3) :]
     assert first.tolist() == passage
     (copy,) = examples_of("copy", (distance,), count=1)
     assert (copy.text.ids == BLANK).sum() == distance
@@ -261,9 +262,9 @@ def test_records_are_chosen_by_distance(tmp_path):
     ("record", "how", "words"),
     [
         (RECORD | {"task": "needle", "distance": 5, "book": "two"}, {}, "--books"),
-        ({"task": "poem", "distance": 3}, {}, "'poem', which should be one of"),
-        ({"task": "copy", "symbols": [3]}, {}, "of which one should be"),
-        ({"task": "copy", "symbols": [3], "gap": 3}, {"distances": [7]}, r"which have \[3\]"),
+        ({"task": "poem", "distance": 3}, {}, "'poem', allowed are"),
+        ({"task": "copy", "symbols": [3]}, {}, "of which one must be"),
+        ({"task": "copy", "symbols": [3], "gap": 3}, {"distances": [7]}, r"the files have \[3\]"),
     ],
 )
 def test_bad_records_are_refused(tmp_path, record, how, words):
@@ -278,8 +279,8 @@ def test_without_a_memory_there_is_nothing_to_gain(tmp_path, task):
     record = RECORD | choices | {"task": task, "distance": 16, "end": 216}
     (examples,) = read(tmp_path / "probes.jsonl", record).values()
     gains = [
-        evaluate_probe(build(name), examples, progress=False)[0]["gain"]
-        for name in ("melodi_no_memory", "melodi")
+        evaluate_probe(build("melodi", **changes), examples, progress=False)[0]["gain"]
+        for changes in ({"num_short_memory_tokens": 0, "long_memory_layers": ()}, {})
     ]
     assert gains[0] == pytest.approx(0, abs=1e-6)
     assert abs(gains[1]) > 1e-5
@@ -296,35 +297,40 @@ def test_intervals_are_those_of_the_textbook():
         (0, 20, 0.0000, 0.1611),
         (29, 29, 0.8830, 1.0000),
     ):
-        assert wilson(hits / count, count) == pytest.approx((low, high), abs=1e-4)
+        assert wilson_interval(hits / count, count) == pytest.approx((low, high), abs=1e-4)
     values = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = bootstrap(values)
+    low, high = bootstrap_interval(values)
     assert (low, high) == pytest.approx((values.mean() - 0.196, values.mean() + 0.196), abs=0.03)
 
 
 # Attention to the queue
 
 
-def keep_call(seen, module, given, result):
+ATTEND_SLOTS = Attention.attend_slots
+
+
+def keep_call(seen, attention, *given):
+    result = ATTEND_SLOTS(attention, *given)
     seen.append((given, result))
+    return result
 
 
-def test_queue_attention_is_what_the_layer_computes():
+def test_queue_attention_is_what_the_layer_computes(monkeypatch):
     for masked in (False, True):
         model = build("melodi", mask_empty_memory=masked)
-        attention, seen = model.model.layers[1].self_attn, []
-        handle = attention.register_forward_hook(partial(keep_call, seen))
+        seen = []
+        monkeypatch.setattr(
+            Attention, "attend_slots", lambda *given, seen=seen: keep_call(seen, *given)
+        )
         ids = draw(6 * WINDOW + 3)
         measured = queue_attention(model, ids, segment_windows=2, progress=False)
-        handle.remove()
         (layer,) = measured["layers"]
         assert measured["windows_read"] == 6
         assert layer["ages"] == [[1, 1], [2, 3]]
-        calls = [(given, out) for given, out in seen if given[3] is None]
-        assert len(calls) == 6
+        assert len(seen) == 6
         weights, breadths = [], []
-        for window, ((q, k, v, _, slots, _), out) in enumerate(calls):
-            scores = q @ k.transpose(-1, -2)
+        for window, ((q, k, v, _), out) in enumerate(seen):
+            scores, slots = q @ k.transpose(-1, -2), k.shape[2]
             if masked:
                 scores[..., : max(slots - 2 * window, 0)] = -torch.inf
             weight = scores.softmax(-1).nan_to_num()
@@ -355,18 +361,18 @@ def test_an_even_spread_has_a_ratio_of_one_and_a_glance_shows_its_age():
     assert ratios_by_age(glance, 2).tolist() == [pytest.approx([0, 0, 3])]
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens", "words"),
+@every_case(
+    ("name", "changes", "tokens", "words"),
     [
-        ("melodi_no_long", 99, "has no queue"),
-        ("transformer_xl", 99, "has no queue"),
-        ("melodi_odd_queue", 99, "whole windows"),
-        ("melodi", 2 * WINDOW - 1, "give at least 16"),
+        ("melodi", {"long_memory_layers": ()}, 99, "has no queue"),
+        ("transformer_xl", {}, 99, "has no queue"),
+        ("melodi", {"long_memory_capacity": 5}, 99, "a multiple of the entries"),
+        ("melodi", {}, 2 * WINDOW - 1, "pass at least 16"),
     ],
 )
-def test_a_queue_that_cannot_be_looked_at_is_refused(name, tokens, words):
+def test_a_queue_that_cannot_be_looked_at_is_refused(name, changes, tokens, words):
     with pytest.raises(ValueError, match=words):
-        queue_attention(build(name), draw(tokens), progress=False)
+        queue_attention(build(name, **changes), draw(tokens), progress=False)
 
 
 # Commands
@@ -414,10 +420,10 @@ def test_the_queue_is_shown_by_a_command(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--probe", "passkey", "--distances", "5"], "different numbers with the same ids"),
-        (["--probe", "recall", "--size", "99"], "lower the size"),
+        (["--probe", "passkey", "--distances", "5"], "different numbers by the same ids"),
+        (["--probe", "recall", "--size", "99"], "use a smaller size"),
         (["--probe", "passkey", "--size", "1"], "2 to 18 digits"),
-        (["--probe", "repeat", "--size", "9"], "its cue"),
+        (["--probe", "repeat", "--size", "9"], "the cue"),
         (["--probe", "repeat", "--distances", "99999999"], "a shorter distance"),
     ],
 )
@@ -437,13 +443,13 @@ def test_training_never_sees_an_example_of_the_evaluation():
     assert not asked & set(map(tuple, ids.tolist()))
 
 
-@pytest.mark.parametrize("value", probe_plots.VALUES)
+@pytest.mark.parametrize("value", probe_plots.PLOTTED_VALUES)
 def test_lines_are_drawn_where_the_numbers_are(tmp_path, value):
     rows = evaluate_probe(Oracle(), examples_of("recall"), progress=False)
     files = probe_plots.plot_by_distance({"oracle": rows}, tmp_path / "plot", value=value)
     assert [file.suffix for file in files] == [".png", ".svg"]
     svg = files[1].read_text()
-    for words in (probe_plots.VALUES[value][0], "oracle", "0", "4", "64"):
+    for words in (probe_plots.PLOTTED_VALUES[value][0], "oracle", "0", "4", "64"):
         assert f">{words}<" in svg
 
 

@@ -29,9 +29,12 @@ def run_user(role, *arguments, **where):
     subprocess.run(command, stdin=subprocess.DEVNULL, check=True, timeout=300, **where)
 
 
+pytestmark = pytest.mark.xdist_group("publish")  # the session is played once
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder as training leaves it: a model, and much that is nobody's business."""
+    """A folder as training leaves it: a model, and much that is no one's business."""
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
     tokenizer = train_tokenizer([Document("a", TEXT)], 300, progress=False)
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
@@ -77,8 +80,8 @@ def test_only_what_is_right_reaches_the_hub(session):
     unwritten = UNWRITTEN.partition("/")[2]
     assert not [path for path, body in hub.requests if unwritten in path + str(body)]
     assert outcome["right"] is outcome["once more"] is None
-    assert "log in by `hf auth login`" in outcome["no token"]
-    assert "log in by `hf auth login`" in outcome["wrong token"]
+    assert "run `hf auth login`" in outcome["no token"]
+    assert "run `hf auth login`" in outcome["wrong token"]
     assert "don't have the rights" in outcome["not mine"]
     assert "differ from the original's by up to 1.0" in outcome["wrong logits"]
     assert "differ from the original's by up to nan" in outcome["no numbers"]
@@ -88,7 +91,7 @@ def test_nothing_that_should_be_private_is_public(session):
     hub, outcome, _ = session
     assert hub.repositories[PUBLISHED].private
     assert not hub.repositories[PUSHED].private
-    assert "everybody can see it" in outcome["private"]
+    assert "exists and is public" in outcome["private"]
     assert "perplexity_by_position.png" not in hub.files(PUSHED)
 
 
@@ -133,10 +136,13 @@ def test_dry_run_uploads_nothing(run, at_hand, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN", "quickstart"], "give USER/quickstart"),
+        (["RUN", "quickstart"], "write USER/quickstart"),
         (["RUN", "reader/quick start"], "Repo id must"),
         (["RUN", "a/b/c"], "Repo id must"),
-        (["RUN/none", "reader/quickstart"], "has no config.json: name one that training/train.py"),
+        (
+            ["RUN/none", "reader/quickstart"],
+            "has no config.json: pass an output folder of training/train.py",
+        ),
         (["RUN", "reader/quickstart", "--tokenizer", "no_folder"], "there is no folder no_folder"),
     ],
 )

@@ -10,8 +10,8 @@ from melodi_hf import MelodiCache
 from .models import (
     DOCUMENT,
     EACH,
+    FEW,
     SYSTEMS,
-    VARIED,
     WAYS,
     WINDOW,
     assert_differ,
@@ -31,58 +31,41 @@ def random_lengths(seed, total=DOCUMENT, longest=2 * WINDOW + 3):
     return lengths
 
 
-@pytest.mark.parametrize(("way", "seed"), [*zip(WAYS, range(3), strict=True), (WAYS[2], 3)])
-def test_calls_of_any_length_equal_one_call(model, way, seed):
+CUTS = {
+    "anywhere": None,
+    "at windows": [WINDOW] * (DOCUMENT // WINDOW) + [DOCUMENT % WINDOW],
+    "after each token": [1] * DOCUMENT,
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_pieces_of_any_length_equal_one_call(model, cut):
     ids = draw(2, DOCUMENT)
-    pieces = ids.split(random_lengths(seed), dim=1)
     with torch.no_grad():
-        assert_near(way(model, pieces), model(ids).logits)
-
-
-@pytest.mark.parametrize("way", [read_with_melodi_cache, read_with_memory])
-def test_window_by_window_equals_one_call(model, way):
-    ids = draw(2, DOCUMENT)
-    with torch.no_grad():
-        assert_near(way(model, ids.split(WINDOW, dim=1)), model(ids).logits)
-
-
-@pytest.mark.parametrize("name", VARIED)
-def test_token_by_token_equals_one_call(name):
-    model, ids = build(name), draw(2, DOCUMENT)
-    with torch.no_grad():
-        assert_near(read_with_melodi_cache(model, ids.split(1, dim=1)), model(ids).logits)
-
-
-def test_what_was_read_before_matters(model):
-    ids = draw(1, DOCUMENT)
-    with torch.no_grad():
-        whole, rest = model(ids).logits[:, 12:], model(ids[:, 12:]).logits
-    assert_differ(whole[:, 0], rest[:, 0])
+        wanted = model(ids).logits
+        for seed, way in enumerate(WAYS if cut == "anywhere" else WAYS[1:]):
+            pieces = ids.split(CUTS[cut] or random_lengths(seed), dim=1)
+            assert_near(way(model, pieces), wanted)
+            if cut == "after each token":
+                break  # of training it would be the same once more
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-@pytest.mark.parametrize("way", [read_with_melodi_cache, read_with_memory])
-def test_window_of_one_token(name, way):
+def test_window_of_one_token(name):
     sizes = {"compression_rate": 1} if name.startswith("compressive") else {}
     model, ids = build(name, window_length=1, **sizes), draw(2, 9)
     with torch.no_grad():
         logits = model(ids).logits
-        assert_near(way(model, ids.split([1, 3, 5], dim=1)), logits)
+        for way in (read_with_melodi_cache, read_with_memory):
+            assert_near(way(model, ids.split([1, 3, 5], dim=1)), logits)
     assert_differ(logits[:, 1:], logits[:, :-1])
-
-
-def test_beginning_of_a_document_does_not_need_its_end(model):
-    ids = draw(2, DOCUMENT)
-    with torch.no_grad():
-        whole = model(ids).logits
-        for length in (1, WINDOW - 1, WINDOW, WINDOW + 1):
-            assert_near(model(ids[:, :length]).logits, whole[:, :length])
 
 
 def padded(lengths, columns, side):
     """Rows of so many tokens among so many columns -> ids, mask."""
     mask = torch.zeros(len(lengths), columns, dtype=torch.long)
-    for row, length in zip(mask, lengths, strict=True):
+    sides = [side] * len(lengths) if isinstance(side, str) else side
+    for row, length, side in zip(mask, lengths, sides, strict=True):
         places = {
             "left": torch.arange(columns - length, columns),
             "right": torch.arange(length),
@@ -92,9 +75,10 @@ def padded(lengths, columns, side):
     return draw(*mask.shape), mask
 
 
-@pytest.mark.parametrize("side", ["left", "right", "middle"])
-def test_padded_rows_equal_the_rows_alone(model, side):
-    ids, mask = padded((DOCUMENT, 3, 2 * WINDOW), DOCUMENT, side)
+def test_padded_rows_equal_the_rows_alone(model):
+    """A whole row, and rows with padding on the left, on the right and anywhere."""
+    lengths = (DOCUMENT, 3, 2 * WINDOW, 2 * WINDOW + 1)
+    ids, mask = padded(lengths, DOCUMENT, ("left", "left", "right", "middle"))
     with torch.no_grad():
         together = model(ids, attention_mask=mask).logits
         for row, (tokens, real) in enumerate(zip(ids, mask.bool(), strict=True)):
@@ -102,7 +86,8 @@ def test_padded_rows_equal_the_rows_alone(model, side):
             assert_near(together[row, real], alone)
 
 
-def test_without_the_mask_padding_is_read(model):
+def test_without_the_mask_padding_is_read():
+    model = build("melodi")
     ids, mask = padded((DOCUMENT, 3), DOCUMENT, "left")
     with torch.no_grad():
         masked, unmasked = model(ids, attention_mask=mask).logits, model(ids).logits
@@ -133,7 +118,9 @@ def test_padded_rows_continued_equal_the_rows_alone(model, side, carrier):
             assert_near(logits, model(tokens[None]).logits[0])
 
 
-def test_mask_of_all_columns_equals_that_of_the_call(model):
+@pytest.mark.parametrize("name", FEW)
+def test_mask_of_all_columns_equals_that_of_the_call(name):
+    model = build(name)
     ids, mask = padded((DOCUMENT - 4, WINDOW + 3), DOCUMENT, "left")
     caches = MelodiCache(model.config), MelodiCache(model.config)
     with torch.no_grad():
@@ -144,7 +131,9 @@ def test_mask_of_all_columns_equals_that_of_the_call(model):
             assert_near(short.logits, full.logits, atol=0)
 
 
-def test_padding_has_the_logits_of_nothing(model):
+@pytest.mark.parametrize("name", FEW)
+def test_ids_of_padding_change_nothing(name):
+    model = build(name)
     ids, mask = padded((5, 3), 5, "left")
     other = torch.where(mask.bool(), ids, ids % 7 + 1)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 from melodi_hf.data.text import Document
 from melodi_hf.data.tokens import train_tokenizer
 
+from .cases import every_case
 from .hub import USER, Hub
 from .models import build
 
@@ -56,7 +57,7 @@ def test_code_runs_from_top_to_bottom(folder):
             command, cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\d+ tokens read, \d+ bytes held", done.stdout)
+    assert re.search(r"\d+ tokens read, \d+ bytes of memory", done.stdout)
 
 
 @pytest.mark.slow
@@ -77,7 +78,7 @@ def test_section_on_training_runs_line_by_line(folder):
     assert list((folder / "runs" / "plots").glob("*.png"))
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+@every_case("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
 def test_link_leads_somewhere(link):
     assert (ROOT / link).exists()
 

@@ -1,5 +1,5 @@
-"""Looking at a memory: blocks, rows and places change nothing; the nearest are found; what is kept
-for backward does not grow with the windows."""
+"""Attention to a memory: blocks do not change results, the nearest keys are found, and the
+tensors saved for backward do not grow with the windows."""
 
 import sys
 
@@ -9,14 +9,14 @@ import torch
 from melodi_hf import MelodiCache, MemorizingTransformerConfig
 from melodi_hf.models import faiss_search, retrieval
 from melodi_hf.models.retrieval import (
-    NOWHERE,
     Source,
     attend_to_nearest,
-    attend_to_places,
+    attend_to_range,
     find_nearest,
 )
 
 from . import peak_memory
+from .cases import every_case
 from .models import DOCUMENT, WINDOW, assert_differ, assert_equal, assert_near, build, draw
 
 HEADS, CHANNELS, ROWS = 2, 5, 3
@@ -30,31 +30,28 @@ def block(request, monkeypatch):
 
 
 def sources():
-    """Two, of three rows; in the first, row 1 has an empty slot and row 2 two of padding."""
-    first = torch.tensor([[3, 4, 5, 6], [-1, 0, 1, 2], [7, 8, NOWHERE, NOWHERE]])
-    second = torch.tensor([[7, 8, 9], [3, 4, 5], [9, 10, 11]])
+    """Two, of three rows; the first slot of row 1 is empty."""
     return [
         Source(
-            torch.randn(ROWS, HEADS, places.shape[1], CHANNELS).double().requires_grad_(),
-            torch.randn(ROWS, HEADS, places.shape[1], CHANNELS).double().requires_grad_(),
-            places,
+            torch.randn(ROWS, HEADS, length, CHANNELS).double().requires_grad_(),
+            torch.randn(ROWS, HEADS, length, CHANNELS).double().requires_grad_(),
+            torch.tensor(start),
         )
-        for places in (first, second)
+        for length, start in ((4, [3, -1, 5]), (3, [7, 3, 9]))
     ]
 
 
-def naively(q, given, low, high, rows=None, nearest=None):
-    """Query by query, over those keys alone that it sees -> values, and the scores' logarithms."""
+def naively(q, given, low, high, nearest=None):
+    """Attend query by query to the keys in its range alone: values, and the log-sum-exp."""
     out, log_sum = torch.zeros_like(q), q.new_zeros(q.shape[:3])
-    for i, row in enumerate(range(len(q)) if rows is None else rows.tolist()):
+    for i in range(len(q)):
+        positions = torch.cat([int(s.start[i]) + torch.arange(s.keys.shape[2]) for s in given])
         for h in range(HEADS):
-            keys = torch.cat([source.keys[row, h] for source in given])
-            values = torch.cat([source.values[row, h] for source in given])
-            places = torch.cat([source.places[row] for source in given])
+            keys = torch.cat([source.keys[i, h] for source in given])
+            values = torch.cat([source.values[i, h] for source in given])
             for t in range(q.shape[2]):
-                seen = (places >= low[i].expand(q.shape[2])[t]) & (
-                    places < high[i].expand(q.shape[2])[t]
-                )
+                first, end = low[i].expand(q.shape[2])[t], high[i].expand(q.shape[2])[t]
+                seen = (positions >= first) & (positions < end)
                 scores = keys[seen] @ q[i, h, t]
                 if nearest is not None:
                     scores, order = scores.sort(descending=True)
@@ -75,20 +72,17 @@ def pulled(found, given, q):
     return torch.autograd.grad(loss, wanted, materialize_grads=True)
 
 
-@pytest.mark.parametrize("rows", [None, [2, 0]], ids=["all rows", "some rows"])
 @pytest.mark.usefixtures("block")
-def test_attention_to_places_is_softmax_over_what_is_seen(rows):
+def test_attention_to_a_range_is_softmax_over_its_keys():
     torch.manual_seed(0)
-    given, rows = sources(), None if rows is None else torch.tensor(rows)
-    count = ROWS if rows is None else len(rows)
-    q = torch.randn(count, HEADS, 4, CHANNELS).double().requires_grad_()
+    given = sources()
+    q = torch.randn(ROWS, HEADS, 4, CHANNELS).double().requires_grad_()
     high = torch.tensor([[4, 6, 8, 9], [1, 1, 3, 5], [8, 9, 10, 11]])
     low = torch.tensor([[0], [-1], [8]])
-    low, high = (low, high) if rows is None else (low[rows], high[rows])
-    found = attend_to_places(q, given, low, high, rows)
-    wanted = naively(q, given, low, high, rows)
+    found = attend_to_range(q, given, low, high)
+    wanted = naively(q, given, low, high)
     sees = wanted[1] != 0
-    assert not sees.all()  # row 2 begins where it may not look yet
+    assert not sees.all()  # the range of the first query of row 2 is empty
     assert_near(found.values, wanted[0], atol=1e-6)
     assert_near(found.log_sum[sees].double(), wanted[1][sees], atol=1e-5)
     found = found._replace(log_sum=found.log_sum.where(sees, 0))
@@ -97,25 +91,22 @@ def test_attention_to_places_is_softmax_over_what_is_seen(rows):
         assert theirs.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("rows", [None, [2, 0]], ids=["all rows", "some rows"])
 @pytest.mark.parametrize("count", [1, 3, 99])
 @pytest.mark.usefixtures("block")
-def test_the_nearest_are_found_and_attended_to(rows, count):
+def test_the_nearest_are_found_and_attended_to(count):
     torch.manual_seed(0)
-    given, rows = sources(), None if rows is None else torch.tensor(rows)
-    q = torch.randn(ROWS if rows is None else len(rows), HEADS, 4, CHANNELS)
-    q = q.double().requires_grad_()
+    given = sources()
+    q = torch.randn(ROWS, HEADS, 4, CHANNELS).double().requires_grad_()
     low, high = torch.tensor([[3], [0], [7]]), torch.tensor([[8], [3], [11]])
-    low, high = (low, high) if rows is None else (low[rows], high[rows])
-    index = find_nearest(q, given, low, high, count, rows)
+    index = find_nearest(q, given, low, high, count)
     assert index.shape[-1] == min(count, 7)
-    found = attend_to_nearest(q, given, index, rows)
-    values, log_sum = naively(q, given, low, high, rows, nearest=count)
+    found = attend_to_nearest(q, given, index)
+    values, log_sum = naively(q, given, low, high, nearest=count)
     assert_near(found.values, values, atol=1e-6)
     assert_near(found.log_sum.double(), log_sum, atol=1e-5)
     ours, *others = pulled(found, given, q)
     assert_near(ours, pulled((values, log_sum), given, q)[0], atol=1e-5)
-    assert all((gradient == 0).all() for gradient in others)  # what is remembered is a constant
+    assert all((gradient == 0).all() for gradient in others)  # no gradient to the memory
 
 
 SEARCHING = {
@@ -137,15 +128,15 @@ def test_all_of_the_memory_retrieved_is_all_of_it_attended_to():
 
 
 def built(monkeypatch):
-    """How many indices were built, as it goes."""
+    """Record the number of keys of each index that is built."""
     count = []
-    build_one = faiss_search.FaissSearch._built
+    build_one = faiss_search.FaissSearch._build
 
     def counted(self, keys):
         count.append(len(keys))
         return build_one(self, keys)
 
-    monkeypatch.setattr(faiss_search.FaissSearch, "_built", counted)
+    monkeypatch.setattr(faiss_search.FaissSearch, "_build", counted)
     return count
 
 
@@ -210,14 +201,14 @@ def test_an_index_that_faiss_does_not_know_is_refused():
 
 REFUSED = {
     "memory_layer 12 does not exist: the model has 12 layers": {"memory_layer": 12},
-    "placement is 'top': it is 'in_stack' or 'side'": {"placement": "top"},
+    "placement is 'top': it must be one of in_stack, side": {"placement": "top"},
     "num_retrieved is 0: it must be 1 or more": {"num_retrieved": 0},
     "segment_windows is 8: a memory layer in the stack": {"segment_windows": 8},
     "faiss_index is 'Flat' and retrieval 'dense'": {"retrieval": "dense", "faiss_index": "Flat"},
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
+@every_case("message", REFUSED)
 def test_choices_that_cannot_work_are_refused(message):
     with pytest.raises(ValueError, match=message):
         MemorizingTransformerConfig(**REFUSED[message])
@@ -225,50 +216,47 @@ def test_choices_that_cannot_work_are_refused(message):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["memorizing_transformer", "memorizing_transformer_side"])
-def test_figures_tell_how_full_the_memory_is(name):
+def test_metrics_measure_how_full_the_memory_is(name):
     model = build(name, memory_length=3 * WINDOW, memory_combination="gate")
     slots = model.config.memory_slots // WINDOW
-    told = [
-        model.model.figures(model(draw(1, windows * WINDOW), return_memory=True).memory)
+    metrics = [
+        model.model.metrics(model(draw(1, windows * WINDOW), return_memory=True).memory)
         for windows in (1, 2, 9)
     ]
-    place = model.config.memory_layer
-    fill = [float(figures[f"queue_fill/{place}"]) for figures in told]
-    assert fill == pytest.approx([1 / slots, 2 / slots, 1])
-    rms = [float(figures[f"queue_rms/{place}"]) for figures in told]
+    layer = model.config.memory_layer
+    filled = [float(values[f"queue_fill/{layer}"]) for values in metrics]
+    assert filled == pytest.approx([1 / slots, 2 / slots, 1])
+    rms = [float(values[f"queue_rms/{layer}"]) for values in metrics]
     assert max(rms) < 2 * min(rms)  # of the tokens that are there
-    assert all(0.3 < figures[f"gate_openness/{place}"] < 0.7 for figures in told)
+    assert all(0.3 < values[f"gate_openness/{layer}"] < 0.7 for values in metrics)
 
 
 def saved_for_backward(model, ids):
-    """Bytes of all tensors that backward will want, each storage once, of a second segment."""
+    """Count the bytes of all tensors saved for backward of a second segment, each storage once."""
     memory = model(ids, return_memory=True).memory
-    kept = {}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(ids, memory=memory, labels=ids, return_memory=True).loss.backward()
-    return sum(kept.values())
+    return sum(saved.values())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["memorizing_transformer", "memorizing_transformer_joint", "memorizing_transformer_side"],
-)
-def test_backward_keeps_the_memory_once_and_nothing_for_each_pair(name):
-    """Whatever the number of windows: not a copy for each, nor queries times entries."""
+@pytest.mark.parametrize("name", ["memorizing_transformer", "memorizing_transformer_side"])
+def test_backward_saves_the_memory_once_and_nothing_for_each_pair(name):
+    """Not a copy for each window, nor a tensor of queries times entries."""
     ids = draw(1, 4 * WINDOW)
     short, long = (
         saved_for_backward(build(name, memory_length=length).train(), ids)
         for length in (20 * WINDOW, 100 * WINDOW)
     )
     config = build(name).config
-    entry = 2 * 4 * config.num_attention_heads * config.head_dim + 8  # and the place of it
-    # But for scalars, which may lie where another was before.
+    entry = 2 * 4 * config.num_attention_heads * config.head_dim
+    # Except scalars, which may share storages.
     assert abs(long - short - 80 * WINDOW * entry) < entry
 
 
@@ -276,8 +264,7 @@ def test_backward_keeps_the_memory_once_and_nothing_for_each_pair(name):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
 @pytest.mark.parametrize("name", peak_memory.MODELS)
 def test_65536_entries_are_trained_in_bounded_memory(name):
-    """The memory that comes of it, and what it is put together in: less than a copy for each
-    window would take, let alone queries times entries."""
+    """The peak is below a copy of the memory per window, and far below queries times entries."""
     small, large = (peak_memory.measure(name, length) for length in (1024, 65536))
     entries, blocks = peak_memory.memory_bytes(name, 65536), 6 * 4 * peak_memory.BLOCK
     bound = 3 * entries + blocks

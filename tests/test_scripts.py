@@ -21,6 +21,7 @@ import train
 from benchmarks import plots as peer_plots
 from melodi_hf.evaluation import WORD_PERPLEXITY, command_line, plots, systems, tables
 
+from .cases import every_case
 from .test_command_line import tiny  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[1]
@@ -46,9 +47,9 @@ def stopped(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_file_beside_the_scripts_is_one(path):
-    assert 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+def test_every_file_beside_the_scripts_is_one():
+    for path in SCRIPTS:
+        assert 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"), path
 
 
 def test_one_file_sets_how_long_threads_spin():
@@ -75,7 +76,7 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@every_case("name", OUTPUTS)
 def test_an_output_that_cannot_be_written_is_refused_first(name, tmp_path, stopped):
     (tmp_path / "file").write_text("")
     main, arguments = OUTPUTS[name]
@@ -85,8 +86,8 @@ def test_an_output_that_cannot_be_written_is_refused_first(name, tmp_path, stopp
     if "plots" in name:  # which write into a folder
         assert "Not a directory" in stopped(main, *arguments, tmp_path / "file")
     else:
-        assert "is a folder: name a file" in stopped(main, *arguments, tmp_path)
-        assert "no regular file" in stopped(main, *arguments, os.devnull)
+        assert "is a folder: pass the path of a file" in stopped(main, *arguments, tmp_path)
+        assert "not a regular file" in stopped(main, *arguments, os.devnull)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
@@ -96,7 +97,7 @@ def test_checking_an_output_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("main", "arguments", "told"),
     [
         (generate_script.main, ["m", "--max-new-tokens", "0"], "1 or more"),
@@ -118,10 +119,10 @@ def test_checking_an_output_leaves_nothing_behind(tmp_path):
 def test_numbers_that_cannot_be_are_refused_with_their_option(main, arguments, told, stopped):
     line = stopped(main, *arguments)
     assert line.endswith(told)
-    assert f"argument {arguments[-2]}: {arguments[-1]!r} is given" in line
+    assert f"argument {arguments[-2]}: got {arguments[-1]!r}" in line
 
 
-@pytest.mark.parametrize("content", ['{"a": 1}', "[1]", "nonsense", "", b"\xe9"], ids=repr)
+@every_case("content", ['{"a": 1}', "[1]", "nonsense", "", b"\xe9"], ids=repr)
 def test_files_that_are_no_results_are_named(content, tmp_path, stopped):
     path = tmp_path / "results.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -131,12 +132,12 @@ def test_files_that_are_no_results_are_named(content, tmp_path, stopped):
         (peer_plots.main, ["--results", path, "--output", tmp_path / "plots"]),
     ):
         told = stopped(main, *arguments)
-        assert re.search(r"results\.json (holds no|is not JSON|is not UTF-8)", told)
+        assert re.search(r"results\.json (has no|is not JSON|is not UTF-8)", told)
     assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_folders_and_files_that_are_not_there_are_told(tmp_path, stopped):
-    assert "/nowhere holds no results.json: name the folder" in stopped(record.main, "/nowhere")
+    assert "/nowhere has no results.json: pass the folder" in stopped(record.main, "/nowhere")
     assert "No such file" in stopped(tables.main, tmp_path / "none.md")
     assert "No such file" in stopped(plots.main, tmp_path / "none.json", "--output", tmp_path)
 
@@ -168,7 +169,7 @@ def test_documents_that_are_none_end_in_one_line(tmp_path, stopped):
     changes = [f"data.files={file}", f"data.test_files={file}", "data.source=files"]
     given = [f"--set={change}" for change in changes]
     told = stopped(train.main, recipe, *given, "--output", tmp_path / "run")
-    assert f"train.py: {file} holds no documents" in told
+    assert f"train.py: {file} has no documents" in told
 
 
 @pytest.mark.parametrize("value", ["0", "0,1,2,3,4,5,6,7", "GPU-1"])
@@ -176,14 +177,14 @@ def test_gpus_that_are_asked_for_and_not_there_are_refused(value, tiny, stopped,
     monkeypatch.setattr(command_line.torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     told = stopped(train.main, *tiny)
-    assert f"GPU {value} is asked for" in told
+    assert f"GPU {value} is requested" in told
     assert "to use the CPU, unset the variable" in told
     for nothing in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
         assert command_line.choose_device().type == "cpu"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configuration/accelerate").glob("gpu_*.yaml")))
+@every_case("path", sorted((ROOT / "configuration/accelerate").glob("gpu_*.yaml")))
 def test_files_for_gpus_name_them(path):
     """accelerate puts these numbers into CUDA_VISIBLE_DEVICES, by which a run is refused."""
     numbers = re.search(r"^gpu_ids: '?([\d,]+)", path.read_text(), re.MULTILINE)
@@ -194,7 +195,7 @@ def test_training_only_stops_before_the_evaluation(tiny, tmp_path, capsys):  # n
     train.main([*tiny, "--train-only"])
     run, told = tmp_path / "run", capsys.readouterr()
     assert re.search(r"^device: cpu \(.*, \d+ threads\), float32$", told.err, re.MULTILINE)
-    assert "--resume measures it" in told.out
+    assert "--resume evaluates it" in told.out
     assert (run / "model.safetensors").is_file()
     assert not (run / "results.json").exists()
     train.main([*tiny, "--resume"])

@@ -1,19 +1,11 @@
-"""The static cache, and graphs that are compiled once."""
-
-from types import SimpleNamespace
-from unittest.mock import Mock
+"""The static cache, and steps that are compiled once."""
 
 import pytest
 import torch
 from transformers import CompileConfig, LogitsProcessor
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import StaticCache
 
-from melodi_hf.models.cache import within_windows
-from melodi_hf.models.generation import CompiledSteps
-from melodi_hf.models.versions import CACHE_NAME
-from melodi_hf.models.windows import Progress
-
-from .models import DOCUMENT, EACH, VARIED, WINDOW, assert_equal, assert_near, build, draw
+from .models import DOCUMENT, EACH, FEW, SYSTEMS, WINDOW, assert_equal, assert_near, build, draw
 
 NEW = 2 * WINDOW + 3  # tokens: two windows are closed on the way
 
@@ -45,6 +37,8 @@ def small(name):
         "elastic_memory": "memory_layers",
     }
     special = {field: (0,) for system, field in sizes.items() if name.startswith(system)}
+    if name == "memorizing_transformer_side":
+        special["memory_layer"] = 0
     return build(name, num_hidden_layers=1, **special)
 
 
@@ -54,8 +48,10 @@ def compiled(backend="eager", mode=None):
     return {"cache_implementation": "static", "compile_config": config}
 
 
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("kind", ["static", "offloaded", "dynamic"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "static") for name in FEW), ("melodi", "offloaded"), ("melodi", "dynamic")],
+)
 def test_every_kind_of_cache_gives_the_same_tokens(name, kind):
     if kind == "offloaded" and torch.version.cuda and not torch.cuda.is_available():
         pytest.skip("a torch for GPUs makes no stream without one")
@@ -72,12 +68,12 @@ def test_every_kind_of_cache_gives_the_same_tokens(name, kind):
 
 
 def graphs():
-    """How many were compiled."""
+    """Return how many graphs were compiled."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def watched():
-    """A backend that runs a graph as it is, what it is given, and a mark for each run."""
+    """Return a backend that runs graphs unchanged, the list of graphs, and a list of runs."""
     modules, runs = [], []
 
     def backend(module, inputs):
@@ -92,14 +88,8 @@ def watched():
     return backend, modules, runs
 
 
-def branches(modules):
-    """How many are left to be decided when the graphs run."""
-    nodes = [node for module in modules for node in module.graph.nodes]
-    return sum(node.target is torch.ops.higher_order.cond for node in nodes)
-
-
 class Steps(LogitsProcessor):
-    """Notes after each step how often a graph has run."""
+    """Record after each step how often a graph has run."""
 
     def __init__(self, runs):
         self.runs, self.after = runs, []
@@ -109,18 +99,18 @@ class Steps(LogitsProcessor):
         return scores
 
     def are_compiled(self):
-        """For each step but that of the prompt."""
+        """Return for each step but the prompt's whether a graph ran."""
         return [after > before for before, after in zip(self.after, self.after[1:], strict=False)]
 
 
 def amid_windows(mask, steps):
-    """Whether each step after a prompt reads tokens that begin and close no window."""
+    """Return for each step after a prompt whether no row begins or completes a window."""
     read = [mask.sum(1) + i for i in range(steps)]
     return [all(0 < slot < WINDOW - 1 for slot in (n % WINDOW).tolist()) for n in read]
 
 
 def check_compiled(model, **how):
-    """Two prompts, rows at the same place and at different ones: one graph."""
+    """Two prompts, with rows at the same offset and at different ones, use one graph."""
     for ids, mask in [(draw(3, 2), torch.ones(3, 2).long()), ragged()]:
         found = generate(model, ids, mask, **compiled(**how))
         assert_equal(found, generate(model, ids, mask))
@@ -129,7 +119,7 @@ def check_compiled(model, **how):
 
 @pytest.mark.parametrize("name", EACH)
 def test_a_step_is_compiled_once_and_whole(name):
-    """Without a branch: the tokens that begin a window of any row or close it are read eagerly."""
+    """The tokens that begin a window of any row or complete it are read eagerly."""
     model, (backend, modules, runs) = small(name), watched()
     for ids, mask in [(draw(3, 2), torch.ones(3, 2).long()), ragged((WINDOW + 3, 2, WINDOW + 3))]:
         steps = Steps(runs)
@@ -138,13 +128,11 @@ def test_a_step_is_compiled_once_and_whole(name):
         assert steps.are_compiled() == amid_windows(mask, NEW - 1)
         assert 0 < sum(steps.are_compiled()) < NEW - 1
     assert graphs() == len(modules) == 1
-    assert branches(modules) == 0
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_rows_that_end_cost_a_compiled_step_nothing(name):
-    """Not a branch, not a graph, not a token, and no row's memory. The host does not look which
-    they are: what runs eagerly is what would if none had ended."""
+    """No graph, no token, and no row's memory: the same steps run eagerly as if none had ended."""
     model, (ids, mask), (backend, modules, runs) = small(name), ragged(), watched()
     steps = Steps(runs)
     end = generate(model, ids, mask)[0, ids.shape[1] + 4].item()
@@ -155,39 +143,12 @@ def test_rows_that_end_cost_a_compiled_step_nothing(name):
     has_ended = (found.sequences[:, -2] == 0).tolist()
     assert has_ended[0]
     assert not all(has_ended)
-    ours, theirs = found.cache.layers[0], wanted.cache.layers[0]
-    assert_equal(ours.progress.tokens_read, theirs.progress.tokens_read)
-    for held, other in zip(ours.memory, theirs.memory, strict=True):
-        assert_near(held, other)
+    following = draw(len(ids), DOCUMENT)
+    with torch.no_grad():
+        continued = [model(following, cache=out.cache).logits for out in (found, wanted)]
+    assert_near(*continued)
     assert steps.are_compiled() == amid_windows(mask, NEW - 1)
     assert graphs() == len(modules) == 1
-    assert branches(modules) == 0
-
-
-def test_where_rows_stand_is_looked_at_once():
-    """What lies on the meta device cannot be."""
-    layer = SimpleNamespace(memory=(), progress=Progress(torch.tensor([WINDOW + 2, 3]), None))
-    model = Mock(config=SimpleNamespace(window_length=WINDOW), return_value="eager")
-    step = CompiledSteps(model, Mock(return_value="compiled"))
-    one, cache = torch.ones(2, 1, device="meta"), SimpleNamespace(layers=[layer])
-    how = {"input_ids": one, "attention_mask": one, CACHE_NAME: cache}
-    assert step(**how) == "compiled"
-    layer.progress = Progress(torch.zeros(2, dtype=torch.long, device="meta"), None)
-    wanted = [all(0 < n % WINDOW < WINDOW - 1 for n in (i + 2, i + 3)) for i in range(1, NEW)]
-    assert [step(**how) == "compiled" for _ in wanted] == wanted
-    with pytest.raises(RuntimeError, match="meta"):
-        layer.progress.tokens_read.tolist()
-
-
-def test_a_cache_takes_nobodys_word_for_longer_than_it_is_given():
-    cache = StaticCache(config=build("melodi").config, max_cache_len=DOCUMENT)
-    with torch.no_grad():
-        build("melodi")(draw(1, 5), cache=cache)
-    with within_windows(cache):
-        assert cache.layers[0].progress.within
-    with pytest.raises(KeyError), within_windows(cache):
-        raise KeyError
-    assert not cache.layers[0].progress.within
 
 
 @pytest.mark.slow
@@ -195,79 +156,17 @@ def test_a_cache_takes_nobodys_word_for_longer_than_it_is_given():
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning:torch.jit._script"
 )
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_a_step_of_machine_code_gives_the_same_tokens(name):
     check_compiled(build(name), backend="inductor", mode="default")
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_a_loop_of_ones_own(name):
-    """As transformers documents it: the step compiled by hand, the cache given by the user."""
-    model, ids, (backend, modules, _) = small(name), draw(2, DOCUMENT), watched()
-    step = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
-    cache = StaticCache(config=model.config, max_cache_len=DOCUMENT)
-    with torch.no_grad():
-        found = [model(ids[:, :3], cache=cache).logits]
-        found += [step(ids[:, i : i + 1], cache=cache).logits for i in range(3, DOCUMENT)]
-        assert_near(torch.cat(found, dim=1), model(ids).logits)
-    assert graphs() == 1
-    assert branches(modules) > 0  # nobody told it where the rows stand
-    assert int(cache.get_seq_length()) == DOCUMENT
-
-
-@pytest.mark.parametrize("name", ["melodi_masked", "transformer_xl_masked"])
-@pytest.mark.parametrize(
-    ("pieces", "share"),
-    # The first makes the buffers. A share of 1: the second ends with a window, whose memory the
-    # third sees, or is one token longer.
-    [([3, WINDOW + 6], 0.7), ([WINDOW - 1, WINDOW + 1, 2], 1), ([WINDOW - 1, WINDOW + 2, 2], 1)],
-)
-def test_pieces_of_any_length_can_be_compiled(name, pieces, share):
-    """Also with padding: nothing depends on what a tensor holds."""
-    model, ids = small(name), draw(3, sum(pieces))
-    mask = (torch.rand(ids.shape) < share).long()
-    step = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
-    static = StaticCache(config=model.config, max_cache_len=DOCUMENT)
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        readers = [model] + [step] * (len(pieces) - 1)
-        both = zip(readers, ids.split(pieces, 1), mask.split(pieces, 1), strict=True)
-        for read, piece, part in both:
-            wanted = model(piece, attention_mask=part, cache=cache).logits
-            found = read(piece, attention_mask=part, cache=static).logits
-            assert_near(found[part > 0], wanted[part > 0])
-
-
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("padded", [False, True])
-def test_training_can_be_compiled(name, padded):
-    """Segment after segment: the second call, with a memory, is the last one to be compiled."""
-    model, twin = small(name), small(name)
-    step = torch.compile(model, fullgraph=True, backend="eager")
-    memory, wanted = None, None
-    for _ in range(3):
-        ids = draw(2, 2 * WINDOW)
-        how = {"labels": ids, "return_memory": True}
-        if padded:
-            how["attention_mask"] = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
-        found = step(ids, memory=memory, **how)
-        plain = twin(ids, memory=wanted, **how)
-        assert_near(found.loss, plain.loss)
-        found.loss.backward()
-        plain.loss.backward()
-        memory, wanted = found.memory, plain.memory
-    assert graphs() == 2
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_near(ours.grad, theirs.grad)
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_a_static_cache_takes_nothing_back(name):
-    model = build(name)
+def test_a_static_cache_takes_nothing_back():
+    model = build("melodi")
     cache = StaticCache(config=model.config, max_cache_len=DOCUMENT)
     with torch.no_grad():
         model(draw(1, 5), cache=cache)
-    with pytest.raises(ValueError, match="static cache takes nothing back: use the default"):
+    with pytest.raises(ValueError, match="does not support crop\\(\\): use the default"):
         cache.crop(-1)
     cache.reset()
     assert int(cache.get_seq_length()) == 0

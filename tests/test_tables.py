@@ -192,12 +192,12 @@ def test_intervals_stand_in_brackets_beside_their_numbers(measured, root, result
 
 def test_what_each_part_of_the_memory_does(measured, root, results):
     lines = tables.memory_table(measured).splitlines()
-    assert lines[0] == "| memory | perplexity per token | above carried | worth of the memory |"
+    assert lines[0] == "| memory | perplexity per token | above carried | reduction by memory |"
     assert lines[2] == "| carried | 3.000 |  | 25.0% (0.0% to 37.5%) |"
     assert lines[3] == "| emptied | 4.000 | +33.3% (+32.3% to +35.3%) |  |"
     assert lines[4] == "| long_off | 3.600 | +20.0% (+19.0% to +22.0%) | 10.0% (-15.0% to 22.5%) |"
     (root / "model_cards/results/tiny.json").write_text(json.dumps(results))
-    assert tables.tables(root)["memory/tiny"] == tables.memory_table(measured)
+    assert tables.all_tables(root)["memory/tiny"] == tables.memory_table(measured)
 
 
 def test_the_plot_of_sizes_shows_each_of_them_with_its_interval(measured, tmp_path, monkeypatch):
@@ -254,13 +254,13 @@ def test_blocks_of_a_file_are_renewed(root):
 )
 def test_blocks_that_cannot_be_renewed_are_refused(root, text, message):
     with pytest.raises(ValueError, match=message):
-        tables.renew_blocks(text, tables.tables(root))
+        tables.update_blocks(text, tables.all_tables(root))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
 def test_tables_of_the_repository_are_up_to_date(path):
     text = path.read_text(encoding="utf-8")
-    assert tables.renew_blocks(text, tables.tables(ROOT)) == text
+    assert tables.update_blocks(text, tables.all_tables(ROOT)) == text
 
 
 def test_plots_are_the_same_each_time_and_hold_their_words(results, tmp_path):
@@ -287,7 +287,7 @@ def test_a_plot_of_one_point_and_one_setting(results, tmp_path):
 
 
 def test_numbers_on_the_axis():
-    assert [plots.short(n) for n in (8, 512, 1024, 1536, 65536, 2**20)] == [
+    assert [plots.format_tokens(n) for n in (8, 512, 1024, 1536, 65536, 2**20)] == [
         "8", "512", "1K", "1.5K", "64K", "1M"
     ]  # fmt: skip
 
@@ -357,7 +357,7 @@ def test_card_shows_the_plot_if_there_is_one(run_dir, results):
 def test_card_says_what_the_brackets_are(run_dir, results, measured):
     text = write_card(run_dir, results).read_text()
     assert "3.000 (2.500 to 3.500)" in text
-    assert "In brackets: where 95% of 2,000 resamples of the documents lie" in text
+    assert "In brackets: 95% intervals from 2,000 resamples" in text
     assert tables.memory_table(measured) in text
     measured["bootstrap"] = describe_bootstrap(2)
     assert "2 documents are too few for intervals" in write_card(run_dir, results).read_text()
@@ -365,7 +365,7 @@ def test_card_says_what_the_brackets_are(run_dir, results, measured):
 
 def test_a_run_may_continue_nothing(run_dir, results):
     results["continuation"] = None
-    assert "went on" not in write_card(run_dir, results).read_text()
+    assert "continued:" not in write_card(run_dir, results).read_text()
 
 
 def test_a_section_without_content_is_left_out(run_dir, results, tmp_path):
@@ -403,7 +403,7 @@ def test_a_card_for_the_hub_names_the_place_and_the_data(run_dir, results):
 @pytest.mark.parametrize(
     ("sizes", "kinds"),
     [
-        (SHORT | LONG, ["short-term", "long-term", "together"]),
+        (SHORT | LONG, ["short-term", "long-term", "total"]),
         (SHORT | {"long_memory_layers": ()}, ["short-term"]),
         (SHORT | LONG | {"num_short_memory_tokens": 0}, ["long-term"]),
     ],
@@ -423,7 +423,7 @@ def test_the_card_of_two_memories_tells_how_far_each_reaches():
     one = 12 * 1024 * 1024
     assert rows == [
         f"| hidden states | 1,024 tokens, exactly | {one:,} | {2 * one:,} |",
-        f"| compressed, 1024 slots per layer | the 4,096 tokens before; then dropped "
-        f"| {one:,} | {2 * one:,} |",
-        f"| together |  | {2 * one:,} | {4 * one:,} |",
+        "| compressed, 1024 slots per layer | the 4,096 tokens before those; older ones are "
+        f"dropped | {one:,} | {2 * one:,} |",
+        f"| total |  | {2 * one:,} | {4 * one:,} |",
     ]

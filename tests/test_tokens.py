@@ -18,6 +18,8 @@ from melodi_hf.data.tokens import (
     train_tokenizer,
 )
 
+from .cases import every_case
+
 with warnings.catch_warnings():
     # Its compiled types carry no module name, which newer Pythons warn about; not ours to mend.
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -111,7 +113,7 @@ def pieces_of_corpus(seed, count):
 # From SentencePiece
 
 
-@pytest.mark.parametrize(
+@every_case(
     "options",
     [
         {},
@@ -156,13 +158,13 @@ def test_special_tokens_of_the_model_are_kept(tmp_path):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (2, 3, 400)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("options", "message"),
     [
         ({"model_type": "unigram"}, "not of the type BPE"),
-        ({"byte_fallback": True, "vocab_size": 600}, "falls back to bytes"),
+        ({"byte_fallback": True, "vocab_size": 600}, "has byte fallback"),
         ({"user_defined_symbols": ["<sep>"]}, "has user-defined symbols"),
-        ({"treat_whitespace_as_suffix": True}, "writes blanks behind words"),
+        ({"treat_whitespace_as_suffix": True}, "has spaces after words"),
     ],
 )
 def test_models_that_cannot_be_converted_are_refused(tmp_path, options, message):
@@ -298,7 +300,7 @@ def test_documents_without_ids_are_left_out_and_told(tmp_path, trained):
     assert report.counts == {"without tokens": 1}
     with pytest.raises(ValueError, match=rf"no documents to encode \({told}\)"):
         encode_documents([blank], tokenizer)
-    with pytest.raises(ValueError, match="no documents to encode; give"):
+    with pytest.raises(ValueError, match="no documents to encode; pass"):
         encode_documents([], trained)
 
 
@@ -325,16 +327,16 @@ def test_texts_and_rows_are_documents_too(trained):
     assert own == train_tokenizer(rows, 300, progress=False).backend_tokenizer.to_str()
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("given", "message"),
     [
-        ("a river", "documents is of type str: give an iterable of texts"),
-        (b"a river", "documents is of type bytes: give an iterable"),
-        (7, "documents is of type int: give an iterable"),
-        (None, "documents is of type NoneType: give an iterable"),
-        (datasets.DatasetDict({}), "documents is of type DatasetDict: give an iterable"),
-        ([7], "document 0 is of type int: give an iterable"),
-        (["a", ("id", "text")], "document 1 is of type tuple: give an iterable"),
+        ("a river", "documents is of type str: pass an iterable of texts"),
+        (b"a river", "documents is of type bytes: pass an iterable"),
+        (7, "documents is of type int: pass an iterable"),
+        (None, "documents is of type NoneType: pass an iterable"),
+        (datasets.DatasetDict({}), "documents is of type DatasetDict: pass an iterable"),
+        ([7], "document 0 is of type int: pass an iterable"),
+        (["a", ("id", "text")], "document 1 is of type tuple: pass an iterable"),
         (["\ud800"], r"1 left out: 1 not UTF-8 \(document 0\)"),
         ([Document("a", "a\udcff")], r"1 left out: 1 not UTF-8 \(document 'a'\)"),
         ([Document("a", None)], r"1 with a text that is no string \(document 'a'\)"),

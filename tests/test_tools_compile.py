@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from .models import EACH, WINDOW, assert_near, build, draw
+from .models import EACH, FEW, WINDOW, assert_near, build, draw
 
-SMALL = {"num_hidden_layers": 2}
+# One layer, which has all that a layer of its system can have: compiling takes seconds per layer.
+SMALL = {
+    "melodi": {"long_memory_layers": (0,)},
+    "block_recurrent": {"recurrent_layers": (0,)},
+    "elastic_memory": {"memory_layers": (0,)},
+    "memorizing_transformer_side": {"memory_layer": 0},
+}
 LENGTH = WINDOW + 3
 
 
@@ -22,7 +28,7 @@ def forget():
 
 
 def small(name):
-    return build(name, **SMALL)
+    return build(name, num_hidden_layers=1, **SMALL.get(name, {}))
 
 
 def compiled(model, backend="eager"):
@@ -35,15 +41,7 @@ def padding(ids):
     return mask
 
 
-def test_forward():
-    model, ids = small("melodi"), draw(2, LENGTH)
-    fast = compiled(model)
-    with torch.no_grad():
-        for texts in (ids, draw(2, LENGTH)):
-            assert_near(fast(texts).logits, model(texts).logits)
-
-
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", ["melodi"])
 def test_forward_with_padding(name):
     model, ids = small(name), draw(2, LENGTH)
     fast, mask = compiled(model), padding(ids)
@@ -55,7 +53,7 @@ def test_forward_with_padding(name):
     assert_near(found[:1, 3:], alone)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_training_with_a_carried_memory(name):
     """Loss, gradients and the memory for the next segment; one graph serves all segments."""
     model, ids = small(name).train(), draw(2, 2 * WINDOW)
@@ -87,12 +85,12 @@ def export(model, given, sizes):
     return torch.export.export(model, (), given, dynamic_shapes=open_axes).module()
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_export(name):
-    """Of a batch size that is open, with padding and without."""
+    """Of a batch size that is open; with padding too, which is placed in code that all share."""
     model, ids, rows = small(name), draw(2, LENGTH), {0: BATCH}
     sizes = {"input_ids": rows, "attention_mask": rows}
-    for mask in ({}, {"attention_mask": padding(ids)}):
+    for mask in ({}, {"attention_mask": padding(ids)})[: 2 if name == "melodi" else 1]:
         how = mask | {"use_cache": False}
         program = export(model, {"input_ids": ids} | how, sizes)
         for count in (2, 5):
@@ -103,8 +101,7 @@ def test_export(name):
             assert_near(found[real], model(texts, **given).logits[real])
 
 
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("whole", [0, 1], ids=["within a window", "beyond a window"])
+@pytest.mark.parametrize(("name", "whole"), [("melodi", 0), *((name, 1) for name in FEW)])
 def test_export_of_a_length_that_is_open(name, whole):
     """As long as the number of windows stays the same: more of them are more of a graph."""
     model, first = small(name), whole * WINDOW + 2
@@ -118,8 +115,9 @@ def test_export_of_a_length_that_is_open(name, whole):
         assert_near(found, model(texts).logits)
 
 
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("length", [WINDOW, LENGTH], ids=["between windows", "in a window"])
+@pytest.mark.parametrize(
+    ("name", "length"), [("melodi", WINDOW), *((name, LENGTH) for name in FEW)]
+)
 def test_export_with_a_memory(name, length):
     """A program that reads a document of any length, one piece after the other."""
     model, ids = small(name), draw(2, 4 * length)
@@ -139,14 +137,6 @@ def test_export_with_a_memory(name, length):
     if length == WINDOW:  # then all pieces stand at the same slot
         again = program(input_ids=pieces[2], memory=output.memory, **how)
         assert_near(again.logits, model(ids).logits[:, 2 * length : 3 * length])
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_no_field_of_a_memory_begins_another(name):
-    """torch.export would take one for the other, in what it checks before it runs."""
-    for layer in small(name).model.layers:
-        fields = layer.memory_type._fields
-        assert not [(a, b) for a in fields for b in fields if a != b and b.startswith(a)]
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from lm_eval.tasks import TaskManager
 
 from melodi_hf.evaluation.harness import MelodiLM
 
-from .models import EACH, WINDOW, build
+from .cases import every_case
+from .models import FEW, WINDOW, build
 from .text import tiny_tokenizer
 
 PAIRS = [("The sky is", " blue"), ("", "Nothing before it"), ("To be or not", " to be, that is it")]
@@ -23,7 +24,10 @@ LONG = "A long document goes on and on, over many windows, until it is read to t
 DOCUMENTS = [LONG, "A short one.", LONG[7:60]]
 
 
-@pytest.fixture(params=EACH, scope="module")
+pytestmark = pytest.mark.xdist_group("harness")
+
+
+@pytest.fixture(params=FEW[:2], scope="module")
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     build(request.param, eos_token_id=2).save_pretrained(path)
@@ -93,7 +97,7 @@ def test_hf_begins_anew_after_max_length(folder):
     assert abs(found[0] - wanted[0]) > 0.1
 
 
-@pytest.mark.parametrize("segment_length", [WINDOW, 3 * WINDOW - 5, 1000])
+@pytest.mark.parametrize("segment_length", [WINDOW, 3 * WINDOW - 5])
 def test_melodi_reads_documents_to_their_end(folder, segment_length):
     lm = load(MelodiLM, folder, segment_length=segment_length)
     wanted = [document_by_hand(lm, text) for text in DOCUMENTS]
@@ -167,11 +171,11 @@ def test_it_is_known_by_its_name():
     assert get_model("melodi") is MelodiLM
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("given", "words"),
     [
-        ({"segment_length": 0}, "segment_length is 0"),
-        ({"batch_size": "auto"}, "give a number"),
+        ({"segment_length": 0}, "segment_length=0"),
+        ({"batch_size": "auto"}, "pass a number"),
         ({"max_length": 64}, "leave it out"),
     ],
 )

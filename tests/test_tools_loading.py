@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from .models import DOCUMENT, EACH, WINDOW, assert_equal, build, draw
+from .models import DOCUMENT, FEW, WINDOW, assert_equal, build, draw
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def generate(model, ids):
 
 # accelerate places a parameter that a model owns itself, and does not know it again
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match:UserWarning")
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_offloading_to_disk_changes_nothing(tmp_path, name):
     model, ids = build(name), draw(2, DOCUMENT)
     model.save_pretrained(tmp_path / "model")
@@ -43,7 +43,7 @@ def test_offloading_to_disk_changes_nothing(tmp_path, name):
     assert_equal(generate(offloaded, ids), generate(model, ids))
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_int8_weights(tmp_path, name):
     model, ids = build(name), draw(2, DOCUMENT)
     model.save_pretrained(tmp_path)
@@ -59,9 +59,8 @@ def test_int8_weights(tmp_path, name):
     assert generate(quantised, ids).shape == (2, DOCUMENT + WINDOW)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_saved_weights_are_safetensors(tmp_path, name):
-    model = build(name)
+def test_saved_weights_are_safetensors(tmp_path):
+    model = build("melodi")
     model.save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
     assert "model.safetensors" in files
@@ -70,9 +69,8 @@ def test_saved_weights_are_safetensors(tmp_path, name):
     assert_equal(saved["model.norm.weight"], model.model.norm.weight)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_pickled_weights_are_not_loaded_unasked(tmp_path, name):
-    model = build(name)
+def test_pickled_weights_are_not_loaded_unasked(tmp_path):
+    model = build("melodi")
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -92,11 +90,10 @@ class Harm:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_pickle_cannot_do_harm(tmp_path, name):
-    build(name).save_pretrained(tmp_path)
+def test_pickle_cannot_do_harm(tmp_path):
+    build("melodi").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    weights = {**build(name).state_dict(), "harm": Harm(tmp_path / "harm")}
+    weights = {**build("melodi").state_dict(), "harm": Harm(tmp_path / "harm")}
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UnpicklingError, match="weights_only"):
         AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False)

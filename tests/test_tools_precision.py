@@ -6,12 +6,14 @@ import torch
 from .models import (
     DOCUMENT,
     EACH,
-    WAYS,
+    FEW,
     WINDOW,
     assert_equal,
     assert_near,
     build,
     draw,
+    read_with_cache,
+    read_with_memory,
 )
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -29,30 +31,15 @@ def assert_close_in_size(found, wanted, dtype):
     assert 1e-5 < error < ERROR[dtype]
 
 
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in EACH), ("melodi", torch.float16)]
+)
 def test_autocast_is_near_to_float32(name, dtype):
     model, ids = build(name), draw(2, DOCUMENT)
     with torch.autocast("cpu", dtype):
         found = logits(model, ids)
     assert found.dtype == dtype
     assert_close_in_size(found, logits(model, ids), dtype)
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_gradients_under_autocast(name):
-    """Those of float32, up to the rounding; the loss is computed in float32."""
-    model, ids = build(name), draw(2, DOCUMENT)
-    model(ids, labels=ids).loss.backward()
-    wanted = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(ids, labels=ids).loss
-    assert loss.dtype == torch.float32
-    loss.backward()
-    found = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
-    assert found.dtype == torch.float32
-    assert torch.cosine_similarity(found, wanted, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -66,19 +53,20 @@ def test_weights_in_half(name, dtype):
 
 
 @pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("read", WAYS)
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
-def test_reading_in_pieces(name, read, autocast):
+def test_reading_in_pieces(name, autocast):
     """The memory that one piece leaves can be read by the next."""
     model, ids = build(name), draw(2, DOCUMENT)
     if not autocast:
         model = model.bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        whole, pieces = model(ids).logits, read(model, ids.split(WINDOW - 3, dim=1))
-    assert_near(pieces, whole, atol=0.1 * whole.abs().max().item())
+        whole = model(ids).logits
+        for read in (read_with_cache, read_with_memory):
+            pieces = read(model, ids.split(WINDOW - 3, dim=1))
+            assert_near(pieces, whole, atol=0.1 * whole.abs().max().item())
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
 def test_generation(name, autocast):
     model, ids = build(name), draw(2, WINDOW + 3)

@@ -5,38 +5,35 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithFlattening
 
-from .models import DOCUMENT, EACH, assert_near, build, draw
+from .cases import every_case
+from .models import DOCUMENT, assert_near, build, draw
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_copies_of_data_parallel(name, monkeypatch):
+def test_copies_of_data_parallel(monkeypatch):
     """Without a GPU nn.DataParallel makes no copies; here it makes two, on the CPU."""
     module = torch.nn.parallel.replicate
     weights = lambda tensors, devices, detach=False: [list(tensors) for _ in devices]  # noqa: E731
     monkeypatch.setitem(module.__globals__, "_broadcast_coalesced_reshape", weights)
     assert len(module(nn.Linear(2, 2), [0, 1])) == 2, "others can be copied"
     with pytest.raises(ValueError, match=r"nn\.DataParallel.*torchrun"):
-        module(build(name), [0, 1])
+        module(build("melodi"), [0, 1])
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_one_device_of_data_parallel_is_no_copy(name):
-    model, ids = build(name), draw(2, DOCUMENT)
+def test_one_device_of_data_parallel_is_no_copy():
+    model, ids = build("melodi"), draw(2, DOCUMENT)
     assert_near(nn.DataParallel(model)(ids).logits, model(ids).logits, atol=0)
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_continuous_batching(name):
+def test_continuous_batching():
     with pytest.raises(ValueError, match=r"continuous batching.*generate\(\)"):
-        build(name).generate_batch([draw(9).tolist(), draw(5).tolist()], max_new_tokens=3)
+        build("melodi").generate_batch([draw(9).tolist(), draw(5).tolist()], max_new_tokens=3)
 
 
-@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_quantised_cache(name, backend):
+def test_quantised_cache(backend):
     how = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
     with pytest.raises(ValueError, match="only supported for models with only full attention"):
-        build(name).generate(draw(2, DOCUMENT), max_new_tokens=3, **how)
+        build("melodi").generate(draw(2, DOCUMENT), max_new_tokens=3, **how)
 
 
 FLATTENED = {
@@ -46,8 +43,8 @@ FLATTENED = {
 }
 
 
-@pytest.mark.parametrize("how", FLATTENED.values(), ids=FLATTENED)
-@pytest.mark.parametrize("lengths", [(9, 5), (1, 1, 4)])
+@every_case("how", FLATTENED.values(), ids=FLATTENED)
+@every_case("lengths", [(9, 5), (1, 1, 4)])
 def test_documents_in_one_row(how, lengths):
     model = build("melodi")
     documents = [{"input_ids": draw(length).tolist()} for length in lengths]

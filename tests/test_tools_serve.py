@@ -99,7 +99,7 @@ def test_chat_and_text_are_completed_as_by_generate(server, folder):
 
 
 def test_chat_on_the_command_line(server, folder, environment):
-    """It refuses to speak to anybody while the Hub is offline, this machine included."""
+    """It refuses to speak to any user while the Hub is offline, this machine included."""
     run = subprocess.run(
         [COMMAND, "chat", folder, f"{server}/v1", f"max_new_tokens={NEW}", "do_sample=False"],
         input="\n".join((HELLO[0]["content"], "no more of it", "!exit", "")),

@@ -1,4 +1,4 @@
-"""transformers' own Trainer: rows begin anew at every step, and every option means what it says."""
+"""transformers' own Trainer: rows begin again at every step, and all options work."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def auxiliary(model, input_ids, **given):
     return 0.0 if added is None else added.item()
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", ["melodi", "compressive_transformer"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_losses_are_those_computed_by_hand(tmp_path, name, smoothing):
     model = build(name)
@@ -133,7 +133,9 @@ def evaluated_by_hand(model, data):
     return [out.logits[0] for out in outputs], nll / sum(targets)
 
 
-MODELS = {name: lambda name=name, **how: build(name, **how) for name in EACH} | {
+MODELS = {
+    "melodi": lambda **how: build("melodi", **how),
+    "compressive_transformer": lambda **how: build("compressive_transformer", **how),
     "llama": llama,
     "melodi, LoRA": lambda **how: lora(build("melodi", **how)),
 }

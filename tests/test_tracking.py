@@ -1,4 +1,4 @@
-"""What is told of a run: figures that mean what they say, to whoever is there to draw them."""
+"""What is told of a run: figures that mean what they say, to any user who is there to draw them."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -22,7 +22,7 @@ def figures_after(model, windows):
     """The figures, and the memory that they tell of."""
     with torch.no_grad():
         memory = model(draw(2, windows * WINDOW), return_memory=True).memory
-    return model.model.figures(memory), memory
+    return model.model.metrics(memory), memory
 
 
 def size(tokens):
@@ -44,14 +44,14 @@ def test_figures_of_other_systems():
     found, memory = figures_after(build("transformer_xl"), 2)
     wanted = {f"memory_rms/{i}": size(layer.values) for i, layer in enumerate(memory.layers)}
     torch.testing.assert_close(found, wanted)
-    assert figures_after(build("melodi_no_memory"), 1)[0] == {}
-    assert "queue_fill/1" not in figures_after(build("melodi_no_long"), 1)[0]
+    assert figures_after(build("melodi_no_short", long_memory_layers=()), 1)[0] == {}
+    assert "queue_fill/1" not in figures_after(build("melodi", long_memory_layers=()), 1)[0]
 
 
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_figures_of_an_empty_memory_are_numbers(name):
     model = build(name)
-    for figure in model.model.figures(model.model.empty_memory(2)).values():
+    for figure in model.model.metrics(model.model.empty_memory(2)).values():
         assert torch.isfinite(figure)
 
 
@@ -63,13 +63,13 @@ def test_open_gate_lets_the_queue_in():
 
 def test_devices_are_asked_when_figures_are_logged_and_not_before(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, logging_steps=3)
-    asked, figures = [], trainer.model.model.figures
+    asked, figures = [], trainer.model.model.metrics
 
     def counted(memory):
         asked.append(trainer.state.global_step)
         return figures(memory)
 
-    monkeypatch.setattr(trainer.model.model, "figures", counted)
+    monkeypatch.setattr(trainer.model.model, "metrics", counted)
     monkeypatch.setattr(trainer.accelerator, "gather", lambda tensor: pytest.fail("asked"))
     trainer.train()
     assert asked == [3, 6]

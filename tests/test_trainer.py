@@ -26,6 +26,8 @@ from melodi_hf.trainer import (
     save_memory,
 )
 
+from .cases import every_case
+
 WINDOW, SEGMENT, ROWS, VOCABULARY = 8, 16, 2, 32
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -225,7 +227,7 @@ def test_memory_of_another_model_is_refused(tmp_path):
     loaded = load_memory(model.base_model.empty_memory(ROWS), path, "cpu")
     assert_close(tree_flatten(loaded)[0], tree_flatten(memory)[0])
     for other in (transformer_xl().base_model.empty_memory(ROWS), model.model.empty_memory(3)):
-        with pytest.raises(ValueError, match="another model or number of rows"):
+        with pytest.raises(ValueError, match="another model or batch size"):
             load_memory(other, path, "cpu")
 
 
@@ -300,15 +302,15 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("given", "message"),
     [
-        ({"train_sampling_strategy": "random"}, "give train_sampling_strategy='sequential'"),
-        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_l"),
-        ({"dataloader_drop_last": False}, "give dataloader_drop_last=True"),
-        ({"label_smoothing_factor": 0.1}, "give label_smoothing_factor=0.0"),
-        ({"data": segments(rows=3)}, r"num_rows=3, but a step has 2 \(2 in each of 1 micro"),
-        ({"evaluated": segments(rows=4)}, r"num_rows=4, but a step has 2 \(2 in each"),
+        ({"train_sampling_strategy": "random"}, "pass train_sampling_strategy='sequential'"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_l"),
+        ({"dataloader_drop_last": False}, "pass dataloader_drop_last=True"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.0"),
+        ({"data": segments(rows=3)}, r"num_rows=3, but a step has 2 rows \(2 x 1 micro"),
+        ({"evaluated": segments(rows=4)}, r"num_rows=4, but a step has 2 rows \(2 x"),
     ],
 )
 def test_what_would_tear_rows_from_memories_is_refused(tmp_path, given, message):
@@ -476,14 +478,14 @@ def test_evaluation_that_would_read_nothing_is_refused(tmp_path):
     data = labelled(steps=2)
     unlabelled = [{"input_ids": item["input_ids"]} for item in data]
     for too_little in (unlabelled, data[: ROWS - 1]):
-        with pytest.raises(ValueError, match=r"no loss: give each item labels .* has rows, 2"):
+        with pytest.raises(ValueError, match=r"no loss: add labels .* at least 2 items"):
             make_trainer(tmp_path, evaluated=too_little).evaluate()
 
 
 def test_rows_of_data_that_is_given_later_are_checked(tmp_path):
     trainer = make_trainer(tmp_path)
     for evaluate in (trainer.evaluate, trainer.predict):
-        with pytest.raises(ValueError, match=r"num_rows=4, but a step has 2 \(2 in each"):
+        with pytest.raises(ValueError, match=r"num_rows=4, but a step has 2 rows \(2 x"):
             evaluate(segments(rows=4))
 
 
@@ -564,7 +566,7 @@ def test_logits_are_made_if_asked_for_only(tmp_path, named):
     trainer.model.register_forward_hook(lambda *given: made.append(given[-1].logits is not None))
     trainer.evaluate()
     assert made == [False] * 4
-    with pytest.raises(ValueError, match="prediction_loss_only is True and compute_metrics"):
+    with pytest.raises(ValueError, match="but prediction_loss_only is True"):
         make_trainer(tmp_path, compute_metrics=keep([]), prediction_loss_only=True)
 
 

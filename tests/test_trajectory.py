@@ -8,7 +8,7 @@ import torch
 
 from . import trajectory
 from .launch import launch
-from .models import REMEMBERING, assert_differ, assert_near, build, draw, read_with_memory
+from .models import EACH, assert_differ, assert_near, build, draw, read_with_memory
 
 FIGURES = ("short_memory_rms/0", "gate_openness/1", "queue_fill/1", "queue_rms/1")
 LOGGED = ("loss", "grad_norm", "num_input_tokens_seen", "learning_rate", *FIGURES)
@@ -19,6 +19,9 @@ def together(folder, ways):
     errors = launch(["-m", "tests.trajectory", folder, ways])
     assert "FSDP2-wrapped module" not in errors  # that a layer returned a view
     return json.loads((folder / "found.json").read_text())
+
+
+pytestmark = pytest.mark.xdist_group("trajectory")  # the runs are made once
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +67,12 @@ def test_other_models_and_optimisers_have_the_same_trajectory(tmp_path):
             assert_same(found[f"{way}, {how}"], wanted, ["loss", "grad_norm"])
 
 
-@pytest.mark.parametrize("name", REMEMBERING)
-@pytest.mark.parametrize("window", [32])
-def test_segment_of_eight_windows_equals_two_of_four(name, window):
+@pytest.mark.parametrize("name", EACH)
+def test_segment_of_eight_windows_equals_two_of_four(name):
+    check_segments(name, window=32)
+
+
+def check_segments(name, window):
     model, ids = build(name, window_length=window), draw(2, 8 * window)
     with torch.no_grad():
         whole = model(ids).logits
@@ -78,4 +84,4 @@ def test_segment_of_eight_windows_equals_two_of_four(name, window):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["melodi", "transformer_xl"])
 def test_segment_of_4096_equals_two_of_2048(name):
-    test_segment_of_eight_windows_equals_two_of_four(name, window=512)
+    check_segments(name, window=512)

@@ -9,7 +9,9 @@ import pytest
 
 from melodi_hf.evaluation import plots, tables
 from melodi_hf.evaluation.intervals import compare
-from melodi_hf.evaluation.variants import by_variant, difference, edges, read_run
+from melodi_hf.evaluation.variants import by_variant, difference, position_edges, read_run
+
+from .cases import every_case
 
 TOKENS = (10, 20, 30, 40, 50, 64)  # of each document
 EDGES = (0, 8, 16, 32, 64)
@@ -152,7 +154,7 @@ def test_the_table_by_hand(runs):
 
 
 def test_a_comparison_of_the_repository_has_its_tables(folder, runs):
-    known = tables.tables(folder.parents[2])
+    known = tables.all_tables(folder.parents[2])
     assert known["variants/small"] == tables.variants_table(runs)
     assert known["variants/small/better"] == tables.variants_table(runs, "better")
     assert known["results"].count("\n") == 1  # the head alone: they are no recipes of record
@@ -168,8 +170,8 @@ def test_runs_that_cannot_be_compared_are_refused(folder, runs):
         by_variant([*runs, read_run(folder / "base-9.json")])
     shorter["evaluation"]["settings"]["carried"]["by_position"].pop()
     (folder / "base-9.json").write_text(json.dumps(shorter))
-    with pytest.raises(ValueError, match="of one window length"):
-        edges({"base": runs[:1], "other": [read_run(folder / "base-9.json")]})
+    with pytest.raises(ValueError, match="with the same window length"):
+        position_edges({"base": runs[:1], "other": [read_run(folder / "base-9.json")]})
 
 
 def drawn(figure, monkeypatch, *arguments):
@@ -219,7 +221,7 @@ def test_one_command_draws_all_that_is_told(folder, tmp_path, capsys):
     assert "'base' has seed 0 twice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("heights", "wanted"),
     [
         ([], []),
@@ -235,4 +237,4 @@ def test_one_command_draws_all_that_is_told(folder, tmp_path, capsys):
     ],
 )
 def test_labels_move_apart_and_no_farther(heights, wanted):
-    assert plots.apart(heights, gap=10, lowest=5) == wanted
+    assert plots.spread_labels(heights, gap=10, lowest=5) == wanted

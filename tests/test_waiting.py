@@ -1,13 +1,12 @@
-"""The host never waits for the device: no step depends on what a tensor on it holds.
+"""The host never waits for the device: no step depends on the values of tensors there.
 
-Tensors on the meta device hold nothing, and whoever looks at one gets an error.
+Tensors on the meta device have no values, and reading one raises an error.
 """
 
 import pytest
 import torch
 
 from melodi_hf import MelodiCache
-from melodi_hf.models.generation import EndedRows
 
 from .models import EACH, WINDOW, build
 
@@ -20,8 +19,9 @@ def ids(columns):
     return torch.ones(2, columns, dtype=torch.long, device="meta")
 
 
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize(
+    ("name", "skip_logits"), [*((name, True) for name in EACH), ("melodi", False)]
+)
 def test_training_never_waits(name, skip_logits):
     model, memory = meta(name).train(), None
     for _ in range(2):
@@ -36,23 +36,13 @@ def test_training_never_waits(name, skip_logits):
 @pytest.mark.parametrize("name", EACH)
 @torch.no_grad()
 def test_reading_never_waits(name):
-    """Pieces that begin and end anywhere, then tokens one by one, beyond the end of a window."""
+    """Pieces of any length, then single tokens, beyond the end of a window."""
     model = meta(name)
     cache = MelodiCache(model.config)
     for columns in (2 * WINDOW + 3, *[1] * (WINDOW + 1)):
         logits = model(ids(columns), cache=cache, logits_to_keep=1).logits
     assert logits.shape == (2, 1, model.config.vocab_size)
     assert cache.get_seq_length() == 3 * WINDOW + 4
-
-
-def test_ids_that_end_a_row_are_brought_to_the_device_once():
-    model = build("melodi")
-    rows, given = EndedRows(model, (), {"eos_token_id": [3, 7]}), torch.tensor([[1, 2], [1, 7]])
-    rows(given, None)
-    brought = rows.end_ids
-    rows(given[:, :1], None)
-    assert rows.end_ids is brought
-    assert rows.ended.tolist() == rows.ended_before.tolist() == [False, True]
 
 
 def test_who_looks_is_told():

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from melodi_hf.evaluation import WORD_PERPLEXITY
-from melodi_hf.evaluation.perplexity import measures
+from melodi_hf.evaluation.perplexity import setting_metrics
 
 FOLDER = WORD_PERPLEXITY
 NLL, WORDS = [5210.3, 8711.9, 100.5], [1012, 1705, 20]
@@ -50,7 +50,9 @@ def test_the_metric_loads_alone_and_sums_before_it_divides(tmp_path):
     assert done.returncode == 0, done.stderr
     batches, alone, refused = json.loads(done.stdout.splitlines()[-1])
     assert batches == {"word_perplexity": math.exp(math.fsum(NLL) / sum(WORDS))}
-    ours = measures("a", {"a": sum(NLL), "words": sum(WORDS)}, {"perplexity_per_word": "words"})
+    ours = setting_metrics(
+        "a", {"a": sum(NLL), "words": sum(WORDS)}, {"perplexity_per_word": "words"}
+    )
     assert ours == {"perplexity_per_word": pytest.approx(batches["word_perplexity"])}
     assert alone == {"word_perplexity": math.exp(NLL[0] / WORDS[0])}
-    assert "0 words together: give 1 or more" in refused
+    assert "0 words in total: pass at least 1" in refused

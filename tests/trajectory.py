@@ -44,10 +44,10 @@ TOGETHER = {
     "FSDP2, accumulation, scored": MICRO_BATCHES | SCORED | {"fsdp": True},
     "FSDP2, checkpointing": {"rows": 2, "fsdp": True, **CHECKPOINTED},
 }
-# The optimiser of the paper, and a system whose queue nobody has to shard.
+# The optimiser of the paper, and a system whose queue no one has to shard.
 OTHERS = {
     "paper": {"optimizer": PAPER, "max_grad_norm": 0.0},
-    "without queue": {"name": "melodi_no_long"},
+    "without queue": {"changes": {"long_memory_layers": ()}},
     "another system": {"name": "transformer_xl"},
     "another loss": {"name": "compressive_transformer"},
 }
@@ -61,7 +61,7 @@ def segments(seed, rows):
     return Segments(documents, segment_length=SEGMENT, num_rows=rows, start_id=1, pad_id=0)
 
 
-def make_trainer(folder, rows=LANES, name="melodi", optimizer=None, **given):
+def make_trainer(folder, rows=LANES, name="melodi", changes=None, optimizer=None, **given):
     arguments = TrainingArguments(
         **{
             "output_dir": str(folder),
@@ -84,7 +84,7 @@ def make_trainer(folder, rows=LANES, name="melodi", optimizer=None, **given):
         }
     )
     return MemoryTrainer(
-        build(name),
+        build(name, **changes or {}),
         arguments,
         train_dataset=segments(0, LANES),
         eval_dataset=segments(1, LANES),

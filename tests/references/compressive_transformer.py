@@ -2,7 +2,7 @@
 
 Parameters carry the names of the library, without `model.`. A layer's state is two lists of hidden
 states, the memory and the compressed one; what is not there yet is not in them. Whatever is
-attended to is projected anew in every window.
+attended to is projected again in every window.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """MELODI written out: one row, one window, one layer, one head, one token after the other.
 
 What a query cannot see is left out of its sum instead of being masked, and keys and values are
-computed anew wherever they are read.
+computed again wherever they are read.
 """
 
 import torch

@@ -5,7 +5,7 @@ python tests/tpu/watched.py FIGURES.json STOP_AT [arguments of train.py]
 FIGURES.json then holds a list of {"step", "when", "compilations", "reads", "fallbacks", "whole"}.
 Three are counted from the start: graphs compiled, tensors that were brought to the host, and
 operators that had to be computed there; "whole" are the weights and the parts of the memory that
-are not cut over several devices. STOP_AT: the step after which the process ends, as if somebody had
+are not cut over several devices. STOP_AT: the step after which the process ends, as if a user had
 pulled the plug; 0: never.
 """
 
