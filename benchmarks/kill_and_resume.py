@@ -1,11 +1,10 @@
-"""Kill real training processes, go on by --resume, and compare with runs that were never stopped.
+"""Kill training processes, resume them, and compare with uninterrupted runs.
 
     python benchmarks/kill_and_resume.py [--seed 0] [--output FILE]
 
-Each tiny recipe is run once without a stop, and once with SIGKILL again and again: after random
-times, and at chosen moments whose place in the run is random. What must then be equal bit by bit:
-the weights, every loss, score, rate and gradient norm logged on the way, and all that results.json
-tells but times. Takes some minutes.
+Each tiny recipe is run once without interruption, and once with repeated SIGKILLs: after random
+times, and at selected events at random steps. These must be bit-equal: the weights, every logged
+loss, score, rate and gradient norm, and all of results.json except times. Takes some minutes.
 """
 
 import argparse
@@ -30,14 +29,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from melodi_hf.checkpoints import last_whole_checkpoint, step_of
+from melodi_hf.checkpoints import checkpoint_step, last_complete_checkpoint
 from melodi_hf.evaluation.command_line import non_negative_int, output_file, print_device
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 60
-ON_THE_WAY = re.compile(r"[\r\n]\s*\d+%\|[^|]*\| (\d+)/(\d+) \[")  # a bar without a name
-TIMES = re.compile("minutes|second|runtime|peak_memory|resumed|train_loss")  # names of figures
-SECONDS = 600  # in which a process must end, or reach the moment that it is to be killed at
+PROGRESS_BAR = re.compile(r"[\r\n]\s*\d+%\|[^|]*\| (\d+)/(\d+) \[")  # without a description
+TIMES = re.compile("minutes|second|runtime|peak_memory|resumed|train_loss")  # may differ
+SECONDS = 600  # timeout for the end of a process, or for the event at which it is killed
 RECIPE = {
     "model.hidden_size": 16,
     "model.num_hidden_layers": 2,
@@ -66,7 +65,7 @@ RECIPE = {
 
 
 class Scenario(NamedTuple):
-    """A recipe, the processes that follow it, and the moments at which they are killed."""
+    """A recipe, the number of processes, and the events at which they are killed."""
 
     recipe: dict[str, Any]
     num_processes: int
@@ -111,12 +110,12 @@ SCENARIOS = {
 }
 
 
-class Life:
-    """A training process from its start to its end or its death."""
+class TrainingProcess:
+    """A running training process."""
 
     def __init__(self, command, run, log):
         self.start, self.run, self.path = time.time(), run, log
-        self.logged = None  # on the way, as the checkpoint of the last step tells it
+        self.logged = None  # metrics logged up to the last checkpoint
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment()
@@ -127,26 +126,26 @@ class Life:
         return self.path.read_text(encoding="utf-8", errors="replace")
 
     def wrote(self, path):
-        """Whether the file is there, and was not left by an earlier life."""
+        """Tell whether this process has written the file."""
         try:
             return path.stat().st_mtime >= self.start
         except FileNotFoundError:
             return False
 
     def bars(self):
-        """What the bars of training and of scoring the validation documents showed: done, of."""
-        return [(int(done), int(total)) for done, total in ON_THE_WAY.findall(self.log)]
+        """Return the states (done, total) of the bars of training and validation."""
+        return [(int(done), int(total)) for done, total in PROGRESS_BAR.findall(self.log)]
 
     def is_training(self):
         return any(total == STEPS for _, total in self.bars())
 
     def is_evaluating(self):
-        """Within the scores, as the last bar is theirs and not at its end."""
+        """Tell whether a validation is running."""
         bars = self.bars()
         return bool(bars) and bars[-1][1] != STEPS and bars[-1][0] < bars[-1][1]
 
     def wait(self, until=lambda: False):
-        """Return True at that moment, False if the process ended before."""
+        """Wait for a condition; return False if the process ended before."""
         while time.time() < self.start + SECONDS:
             self.logged = self.logged or read_logged(self.run)
             if until():
@@ -155,27 +154,27 @@ class Life:
                 return False
             time.sleep(0.002)
         self.kill()
-        raise TimeoutError(f"{self.path} does not come to its end:\n{self.log[-2000:]}")
+        raise TimeoutError(f"{self.path} timed out:\n{self.log[-2000:]}")
 
     def kill(self, only_last=False):
-        """SIGKILL for every process of the run, or for the last of its ranks alone."""
+        """Kill every process of the run, or the last rank only."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         family = [self.process.pid, *(child.pid for child in children)]
         for pid in family[-1:] if only_last else family:
-            with suppress(ProcessLookupError):  # it has just ended by itself
+            with suppress(ProcessLookupError):  # it has already ended
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(SECONDS)
         psutil.wait_procs(children, SECONDS)
 
 
 def environment():
-    """One thread, no network, and the package of this checkout."""
+    """Return an environment with one thread, no network, and this checkout."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def write_texts(folder):
-    """Documents of several lengths, drawn anew but always the same."""
+    """Write reproducible random documents of several lengths."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(60)]
     for name, lengths in {
@@ -188,8 +187,8 @@ def write_texts(folder):
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def command_of(scenario, folder, run, resume=False):
-    """The command line that a user would write."""
+def make_command(scenario, folder, run, resume=False):
+    """Return the command line of a run."""
     files = {f"data.{path.stem}": path for path in folder.glob("*.jsonl")}
     keys = {**RECIPE, **files, **scenario.recipe}
     launch = [sys.executable]
@@ -202,7 +201,7 @@ def command_of(scenario, folder, run, resume=False):
 
 
 def read_logged(run):
-    """The figures logged until the last step; None before it, or once they are removed."""
+    """Read the metrics logged up to the last step; None if they are not available."""
     last = run / f"checkpoint-{STEPS}"
     try:
         if (last / "whole.json").is_file():
@@ -212,8 +211,8 @@ def read_logged(run):
     return None
 
 
-def what_remains(life, logged):
-    """Of a life that came to its end: all that must be equal."""
+def collect_results(life, logged):
+    """Wait for the end and return everything that must be equal."""
     life.wait()
     if life.process.returncode:
         raise RuntimeError(f"{life.path} failed:\n{life.log[-3000:]}")
@@ -230,15 +229,15 @@ def what_remains(life, logged):
     }
 
 
-def without_times(told):
-    """The same without what no two runs have in common."""
-    if isinstance(told, dict):
-        return {key: without_times(x) for key, x in told.items() if not TIMES.search(key)}
-    return [without_times(x) for x in told] if isinstance(told, list) else told
+def without_times(value):
+    """Remove times and memory from results."""
+    if isinstance(value, dict):
+        return {key: without_times(x) for key, x in value.items() if not TIMES.search(key)}
+    return [without_times(x) for x in value] if isinstance(value, list) else value
 
 
-def moment_of(kind, life, draw, scenario, seconds):
-    """A function that tells whether the moment to kill has come, and what it is called."""
+def kill_condition(kind, life, draw, scenario, seconds):
+    """Return a condition at which to kill the process, and its description."""
     run = life.run
     at_files = {"last model": run / "model.safetensors", "card": run / "README.md"}
     if kind in ("time", "one of two"):
@@ -247,7 +246,7 @@ def moment_of(kind, life, draw, scenario, seconds):
         def is_over():
             if not began and life.is_training():
                 began.append(time.time())
-            over = life.wrote(run / "model.safetensors")  # faster than the run that was timed
+            over = life.wrote(run / "model.safetensors")  # faster than the timed run
             return bool(began) and (over or time.time() >= began[0] + delay)
 
         return is_over, f"{delay:.2f} s into training"
@@ -258,41 +257,41 @@ def moment_of(kind, life, draw, scenario, seconds):
         return lambda: scoring.search(life.log), "while test documents are scored"
     if kind in at_files:
         return lambda: life.wrote(at_files[kind]), f"once {at_files[kind].name} is there at the end"
-    before, _ = last_whole_checkpoint(run)
+    before, _ = last_complete_checkpoint(run)
     every, count = scenario.recipe["training.save_every"], draw.randint(1, 3)
-    step = min((step_of(before) if before else 0) + every * count, STEPS)
+    step = min((checkpoint_step(before) if before else 0) + every * count, STEPS)
     path = run / f"checkpoint-{step}" / kind
     return lambda: life.wrote(path), f"once {path.parent.name}/{kind} is there"
 
 
-def what_is_left(run):
-    """The checkpoint that will be gone on from, and those that are passed over for it."""
-    if (run / "results.json").is_file():  # all that is left to do is to remove checkpoints
+def checkpoint_state(run):
+    """Return the checkpoint to resume from, and newer incomplete ones."""
+    if (run / "results.json").is_file():  # only the checkpoints remain to be removed
         return {"half written": None, "goes on from step": None}
-    left, passed_over = last_whole_checkpoint(run)
+    left, passed_over = last_complete_checkpoint(run)
     return {
         "half written": ", ".join(path.name for path in passed_over) or None,
-        "goes on from step": step_of(left) if left else 0,
+        "goes on from step": checkpoint_step(left) if left else 0,
     }
 
 
-def kill_again_and_again(name, folder, draw, tell):
-    """One scenario -> rows of the table: each kill, and where it was gone on from."""
+def kill_until_finished(name, folder, draw, tell):
+    """Run a scenario; return a row per kill, with the checkpoint to resume from."""
     scenario = SCENARIOS[name]
-    whole = Life(
-        command_of(scenario, folder, folder / "whole"), folder / "whole", folder / "whole.log"
+    whole = TrainingProcess(
+        make_command(scenario, folder, folder / "whole"), folder / "whole", folder / "whole.log"
     )
     whole.wait(whole.is_training)
     start = time.time()
     whole.wait(lambda: whole.wrote(folder / "whole" / "model.safetensors"))
     seconds = (time.time() - start) / len(scenario.moments)
-    expected = what_remains(whole, None)
+    expected = collect_results(whole, None)
 
     rows, run, logged = [], folder / "killed", None
     for number, kind in enumerate(scenario.moments):
-        command = command_of(scenario, folder, run, resume=number > 0)
-        life = Life(command, run, folder / f"life_{number}.log")
-        come, moment = moment_of(kind, life, draw, scenario, seconds)
+        command = make_command(scenario, folder, run, resume=number > 0)
+        life = TrainingProcess(command, run, folder / f"life_{number}.log")
+        come, moment = kill_condition(kind, life, draw, scenario, seconds)
         if not life.wait(come):
             raise RuntimeError(f"{life.path} ended before it was killed:\n{life.log[-3000:]}")
         life.kill(only_last=kind == "one of two")
@@ -301,18 +300,20 @@ def kill_again_and_again(name, folder, draw, tell):
             {
                 "run": name,
                 "killed": moment + (", one process alone" if kind == "one of two" else ""),
-                **what_is_left(run),
+                **checkpoint_state(run),
             }
         )
         tell(rows[-1])
-    life = Life(command_of(scenario, folder, run, resume=True), run, folder / "last_life.log")
-    found = what_remains(life, logged)
+    life = TrainingProcess(
+        make_command(scenario, folder, run, resume=True), run, folder / "last_life.log"
+    )
+    found = collect_results(life, logged)
     other = [key for key in expected if found[key] != expected[key]]
     return [{**row, "bit-equal": "no: " + ", ".join(other) if other else "yes"} for row in rows]
 
 
-def try_scenario(name, seed, bar):
-    """One scenario in a folder of its own -> its rows."""
+def run_scenario(name, seed, bar):
+    """Run a scenario in a temporary folder; return its rows."""
 
     def tell(row):
         bar.update()
@@ -320,12 +321,12 @@ def try_scenario(name, seed, bar):
 
     with tempfile.TemporaryDirectory() as folder:
         write_texts(Path(folder))
-        return kill_again_and_again(name, Path(folder), random.Random(f"{seed} {name}"), tell)
+        return kill_until_finished(name, Path(folder), random.Random(f"{seed} {name}"), tell)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the kill times")
     parser.add_argument(
         "--output",
         type=output_file,
@@ -335,13 +336,13 @@ def main(arguments=None):
     print_device("cpu", "float32")
     kills = sum(len(scenario.moments) for scenario in SCENARIOS.values())
     with tqdm(total=kills, desc="kills", unit="kill") as bar, ThreadPoolExecutor() as pool:
-        work = [pool.submit(try_scenario, name, args.seed, bar) for name in SCENARIOS]
+        work = [pool.submit(run_scenario, name, args.seed, bar) for name in SCENARIOS]
         rows = [row for done in work for row in done.result()]
     result = {"rows": rows, "seed": args.seed, "steps of each run": STEPS}
     result |= {"torch": torch.__version__, "transformers": transformers.__version__}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{sum(row['bit-equal'] == 'yes' for row in rows)} of {len(rows)} kills left no trace")
+    print(f"{sum(row['bit-equal'] == 'yes' for row in rows)} of {len(rows)} runs are bit-equal")
     return rows
 
 

@@ -1,12 +1,12 @@
-"""How long OpenMP threads should spin: training speed alone and beside a busy process.
+"""Measure training speed by the spin count of OpenMP threads, with and without other load.
 
     python benchmarks/openmp.py [--steps 60] [--rounds 3] [--output benchmarks/results/openmp.json]
                                 [--tiny]
 
-Trains by the quick start's recipe with two threads and `GOMP_SPINCOUNT` of 0, 100, 1000 and 10000,
-without the variable, and with one thread; each alone and beside one process that computes without
-end. Every run is a process of its own. Tokens per second are those of the clock on the wall, the
-steps after the first tenth; of the rounds, which go through all runs again and again, the median.
+Trains the quick start's recipe with two threads and `GOMP_SPINCOUNT` of 0, 100, 1000, 10000 and
+unset, and with one thread; each alone and next to one busy process. Every run is a separate
+process. Tokens per second are in wall time, without the first tenth of the steps; medians over
+alternating rounds.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
-SPINS = ("0", "100", "1000", "10000", None)  # of two threads; None: the variable is not set
+SPINS = ("0", "100", "1000", "10000", None)  # with two threads; None: not set
 TINY = ("model.hidden_size=16", "model.head_dim=4", "model.intermediate_size=32")
 
 
 def measure(steps, changes):
-    """Train in this process -> tokens per second."""
-    import torch  # after the environment was read
+    """Train in this process; return tokens per second."""
+    import torch  # after the environment is set
     from parts.recipe import load_recipe
     from transformers import AutoModelForCausalLM
 
@@ -52,8 +52,8 @@ def measure(steps, changes):
     return steps * ids.numel() / (time.perf_counter() - start)
 
 
-def measure_apart(threads, spins, steps, changes):
-    """Do it in a process of its own, with so many threads that spin for so long."""
+def measure_in_subprocess(threads, spins, steps, changes):
+    """Measure in a subprocess with a number of threads and a spin count."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     environment.pop("GOMP_SPINCOUNT", None)
     if spins is not None:
@@ -64,8 +64,8 @@ def measure_apart(threads, spins, steps, changes):
 
 
 @contextmanager
-def neighbour(busy):
-    """Beside what is done inside, another process computes without end, if asked for."""
+def busy_process(busy):
+    """Run a busy process inside, if `busy`."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         yield
@@ -76,7 +76,7 @@ def neighbour(busy):
 
 
 def main():
-    if sys.argv[1:2] == ["--child"]:  # before torch is loaded
+    if sys.argv[1:2] == ["--child"]:  # before torch is imported
         print(json.dumps(measure(*json.loads(sys.argv[2]))))
         return
     from tqdm import tqdm
@@ -85,14 +85,14 @@ def main():
         output_file,
         positive_int,
         print_device,
-        processor,
+        processor_name,
     )
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=positive_int, default=60)
     parser.add_argument("--rounds", type=positive_int, default=3)
     parser.add_argument("--output", type=output_file, default="benchmarks/results/openmp.json")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a smoke test")
     args = parser.parse_args()
     print_device("cpu", "float32", 2)
     changes = TINY if args.tiny else ()
@@ -100,15 +100,15 @@ def main():
     found = {(*case, busy): [] for case in cases for busy in (False, True)}
     for _ in tqdm(range(args.rounds), desc="rounds", unit="round"):
         for (threads, spins, busy), speeds in found.items():
-            with neighbour(busy):
-                speeds.append(measure_apart(threads, spins, args.steps, changes))
+            with busy_process(busy):
+                speeds.append(measure_in_subprocess(threads, spins, args.steps, changes))
     rows = []
     for threads, spins in cases:
-        alone, beside = (round(statistics.median(found[threads, spins, b])) for b in (False, True))
+        alone, loaded = (round(statistics.median(found[threads, spins, b])) for b in (False, True))
         row = {"threads": threads, "GOMP_SPINCOUNT": spins or "not set"}
-        rows.append(row | {"alone, tokens/s": alone, "beside a busy process": beside})
+        rows.append(row | {"alone, tokens/s": alone, "beside a busy process": loaded})
     result = {"rows": rows, "steps": args.steps, "rounds": args.rounds, "cores": os.cpu_count()}
-    result["machine"] = processor()
+    result["machine"] = processor_name()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=1))

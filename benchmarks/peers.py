@@ -1,24 +1,24 @@
-"""MELODI beside a Llama, a sliding window, RecurrentGemma and Mamba2 of its size: cost and length.
+"""Compare MELODI with Llama, a sliding window, RecurrentGemma and Mamba2 by document length.
 
     python benchmarks/peers.py [--size small] [--lengths 4096 ... 262144] [--rounds 3 3 1]
         [--limit 180] [--threads 1] [--device cpu] [--output benchmarks/results/peers.json] [--tiny]
     python benchmarks/peers.py --size paper --device cuda
 
-One row is read; `benchmarks/parts/peer_models.py` tells how the models are matched.
+Batch size 1; `benchmarks/parts/peer_models.py` describes how the sizes are matched.
 
-Prefill gives the last logits only. Each peer reads in the way that is fastest for it: in pieces of
-the length that took least in a trial beforehand, Llama also in one call, for which torch has a
-causal kernel. Llama decodes from a `StaticCache`, since a `DynamicCache` is copied at each token.
-(RecurrentGemma's convolution does not look back beyond a piece in transformers; that changes what
-it computes, not what that costs.)
+Prefill computes the last logits only. Each model reads in pieces of the length that was fastest in
+a trial; Llama may also read in one call, for torch's causal kernel. Llama decodes with a
+`StaticCache`, since a `DynamicCache` is copied at each token. (In transformers, RecurrentGemma's
+convolution does not cross pieces; this changes its results, not its cost.)
 
-    seconds    of one process per length, which holds all models and lets them read in turn, round
-               by round; decoding is one window of tokens in turns, Llama fewer, the mean of all
-    memory     the peak of a prefill above the loaded model, one process each
-    state      bytes of all tensors that are held from one token to the next
+    seconds    one process per length with all models, in alternating rounds; decoding: mean over
+    one
+               window of tokens, fewer for Llama
+    memory     peak of a prefill above the loaded model, in a separate process
+    state      bytes of all tensors kept between tokens
 
-What would take longer than the limit for one prefill is recorded as too long, what needs more
-memory than there is as failed.
+A prefill that would take longer than the limit is recorded as too long, one that runs out of memory
+as failed.
 """
 
 import argparse
@@ -33,15 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from benchmarks.parts.floor import Machine, in_a_process_of_its_own, write  # before torch
+from benchmarks.parts.floor import Machine, run_in_subprocess, write_json  # before torch
 from benchmarks.parts.peer_models import (
     LENGTHS,
     PEERS,
     Reader,
+    config_sizes,
     matched_config,
     melodi_config,
     parameters,
-    recorded,
 )
 from melodi_hf.evaluation.command_line import (
     device_name,
@@ -51,11 +51,11 @@ from melodi_hf.evaluation.command_line import (
     print_device,
 )
 
-# What runs in processes of their own.
+# Run in subprocesses.
 
 
 def trial(request, machine):
-    """Seconds by the length of a piece, model by model; after a first reading to warm up."""
+    """Measure the seconds of each model by piece length, after a warm-up."""
     found = {}
     for name in request["names"]:
         reader, seconds = Reader(name, request["size"], machine), {}
@@ -70,30 +70,29 @@ def trial(request, machine):
 
 
 def memory(request, machine):
-    """The peak of one prefill above the loaded model."""
+    """Measure the peak of one prefill above the loaded model."""
     reader = Reader(request["name"], request["size"], machine)
     ids = reader.draw(request["tokens"])
     reader.prefill(ids[:, :64], None)
     reader.forget()
-    before = machine.forget_peak()
+    before = machine.reset_peak()
     reader.prefill(ids, request["piece"])
     return {"peak": machine.peak() - before}
 
 
 def times(request, machine):
-    """Seconds of each round's prefill and of each token decoded, and the bytes held between, model
-    by model; or why one failed."""
+    """Measure prefill, decoding and state of each model in rounds, or record its error."""
     readers, found = {}, {}
     for name in request["pieces"]:
         readers[name] = Reader(name, request["size"], machine)
         ids = readers[name].draw(request["tokens"])
-        readers[name].prefill(ids[:, :1024], 512)  # buffers are allocated, kernels chosen
+        readers[name].prefill(ids[:, :1024], 512)  # warm-up
         found[name] = {"prefill": [], "decoding": []}
     for _ in range(request["rounds"]):
         for name, reader in list(readers.items()):
             try:
                 found[name]["prefill"].append(reader.prefill(ids, request["pieces"][name]))
-            except (RuntimeError, MemoryError) as error:  # not enough memory: the others go on
+            except (RuntimeError, MemoryError) as error:  # out of memory: continue with the others
                 found[name] = {"failed": str(error).splitlines()[0][:200]}
                 del readers[name]
                 gc.collect()
@@ -104,7 +103,7 @@ def times(request, machine):
 
 
 def decode_in_turns(readers, found, turns, tokens):
-    """Of models whose state grows an eighth of the tokens, which take longest."""
+    """Decode alternately; models with a growing state decode an eighth of the tokens."""
     each = dict.fromkeys(readers, tokens // turns)
     each |= {name: max(1, n // 8) for name, n in each.items() if readers[name].peer.grows}
     for name, reader in readers.items():
@@ -118,21 +117,21 @@ CHILDREN = {"trial": trial, "memory": memory, "times": times}
 
 
 class Run:
-    """The parent: asks for one measurement after the other and keeps what came back."""
+    """The parent process, which starts measurements and collects results."""
 
     def __init__(self, args):
         self.args, self.result = args, {"rows": [], "tables": {}, "by length": {}}
         self.names, self.tiny = list(PEERS), args.size == "tiny"
-        self.seconds = {}  # model -> (tokens, seconds) of the longest prefill so far
+        self.seconds = {}  # model -> (tokens, seconds) of the longest prefill
 
-    def ask(self, kind, lean=False, **request):
+    def ask(self, kind, trim_heap=False, **request):
         how = [kind, self.args.device, self.args.threads, self.tiny]
-        return in_a_process_of_its_own(
-            __file__, [*how, request | {"size": self.args.size}], lean=lean
+        return run_in_subprocess(
+            __file__, [*how, request | {"size": self.args.size}], trim_heap=trim_heap
         )
 
     def choose_pieces(self):
-        """The fastest way to read of each model."""
+        """Choose the fastest piece length of each model."""
         on_cuda = self.args.device.startswith("cuda")
         pieces = [1024, 4096, 16384] if on_cuda else [512, 1024, 4096]
         pieces = [8, 16] if self.tiny else pieces
@@ -144,14 +143,14 @@ class Run:
         self.pieces = {name: None if b == "one call" else int(b) for name, b in best.items()}
         self.seconds = {name: (tokens, min(each.values())) for name, each in tried.items()}
         self.result["trial"] = {"tokens": tokens, "seconds by piece": tried}
-        self.result["tables"]["models"] = [self.described(name) for name in self.names]
+        self.result["tables"]["models"] = [self.describe(name) for name in self.names]
 
-    def described(self, name):
+    def describe(self, name):
         config, peer = matched_config(name, self.args.size), PEERS[name]
         number, target = parameters(config), parameters(melodi_config(self.args.size))
         width = getattr(config, "intermediate_size", None) if peer.matched != "layers" else None
         if name == "RecurrentGemma":
-            width //= 2  # transformers counts both halves of the gate
+            width //= 2  # includes both halves of the gate
         return {
             "model": name,
             "layers": config.num_hidden_layers,
@@ -163,12 +162,12 @@ class Run:
         }
 
     def expected(self, name, tokens):
-        """Seconds of a prefill, from the last one: the cost per token at most grows as they do."""
+        """Estimate the seconds of a prefill from the last one, with quadratic growth."""
         before, seconds = self.seconds[name]
         return seconds * (tokens / before) ** (2 if PEERS[name].grows else 1)
 
     def measure(self, tokens, rounds):
-        """All rows of a length."""
+        """Measure all rows of a length."""
         late = {n: self.expected(n, tokens) for n in self.names}
         late = {name: seconds for name, seconds in late.items() if seconds > self.args.limit}
         pieces = {name: self.pieces[name] for name in self.names if name not in late}
@@ -185,24 +184,24 @@ class Run:
             elif "failed" in found[name]:
                 row["not measured"] = found[name]["failed"]
             else:
-                row |= self.figures(name, tokens, found[name])
+                row |= self.metrics(name, tokens, found[name])
             self.result["rows"].append(row)
             self.result["tables"]["ratios"] = self.ratios()
-            write(self.result, self.args.output)  # the next ones take long
+            write_json(self.result, self.args.output)  # the next ones are slow
 
-    def figures(self, name, tokens, found):
+    def metrics(self, name, tokens, found):
         piece, seconds = self.pieces[name], statistics.median(found["prefill"])
         self.seconds[name] = tokens, seconds
-        held = self.ask("memory", lean=True, name=name, tokens=tokens, piece=piece)
+        result = self.ask("memory", trim_heap=True, name=name, tokens=tokens, piece=piece)
         row = {"prefill, s": round(seconds, 3), "tokens/s": round(tokens / seconds)}
         row |= {"state, bytes": found["state"]}
         row |= {"decoding, ms": round(1e3 * statistics.fmean(found["decoding"]), 3)}
-        if "failed" in held:
-            return row | {"not measured": f"peak: {held['failed']}"}
-        return row | {"peak MB": round(held["peak"] / 1e6, 1)}
+        if "failed" in result:
+            return row | {"not measured": f"peak: {result['failed']}"}
+        return row | {"peak MB": round(result["peak"] / 1e6, 1)}
 
     def ratios(self):
-        """Llama's costs over MELODI's, where both were measured."""
+        """Return Llama's costs divided by MELODI's."""
         at = {(row["model"], row["tokens"]): row for row in self.result["rows"]}
         rows = []
         for tokens in self.args.lengths:
@@ -217,8 +216,8 @@ class Run:
 
     def all(self):
         args = self.args
-        self.result |= {"size": args.size, "config": recorded(melodi_config(args.size))}
-        self.result |= Machine(args.device, args.threads, self.tiny).described()
+        self.result |= {"size": args.size, "config": config_sizes(melodi_config(args.size))}
+        self.result |= Machine(args.device, args.threads, self.tiny).describe()
         kernels = ("mamba_ssm", "causal_conv1d")
         self.result["kernels"] = {
             name: importlib.util.find_spec(name) is not None for name in kernels
@@ -238,11 +237,13 @@ def main():
     parser.add_argument(
         "--rounds", type=positive_int, nargs="+", default=[3, 3, 1], help="by length"
     )
-    parser.add_argument("--limit", type=positive_float, default=180, help="seconds of one prefill")
+    parser.add_argument(
+        "--limit", type=positive_float, default=180, help="maximum seconds of a prefill"
+    )
     parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--threads", type=positive_int, default=1, help="1: CPU seconds; else wall")
     parser.add_argument("--output", type=output_file, default="benchmarks/results/peers.json")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a smoke test")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

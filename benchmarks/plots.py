@@ -1,10 +1,10 @@
-"""Cost against length, from the JSON of `benchmarks/peers.py`.
+"""Plot cost by document length from the JSON of `benchmarks/peers.py`.
 
     python benchmarks/plots.py [--results benchmarks/results/peers.json]
         [--output benchmarks/figures]
 
-Three plots as SVG with selectable text on a transparent ground, in colours that can be read on
-white and on black; both axes are logarithmic.
+Three SVG plots with selectable text and a transparent background, in colours for light and dark
+pages; both axes are logarithmic.
 """
 
 import argparse
@@ -30,9 +30,9 @@ if __name__ == "__main__":
 from matplotlib import rc_context
 from matplotlib.ticker import LogLocator
 
-from melodi_hf.evaluation.plots import Label, mark_edges, new_figure, short, write_labels
+from melodi_hf.evaluation.plots import Label, format_tokens, new_figure, set_bin_ticks, write_labels
 
-INK = "#7d8590"  # three times as bright as black, a third of white
+TEXT_COLOR = "#7d8590"  # readable on white and on black
 COLORS = {
     "MELODI": "#2f81f7",
     "Llama": "#e5534b",
@@ -40,7 +40,7 @@ COLORS = {
     "RecurrentGemma": "#a475f9",
     "Mamba2": "#c28b1a",
 }
-PLOTS = {  # what -> the figure of a row, by how much it is divided, its unit, words
+PLOTS = {  # name -> key of a row, divisor, unit, label
     "prefill": ("prefill, s", 1, "s", "seconds to read it"),
     "state": ("state, bytes", 1e6, "MB", "MB held for the next token"),
     "decoding": ("decoding, ms", 1, "ms", "milliseconds per token after it"),
@@ -48,7 +48,7 @@ PLOTS = {  # what -> the figure of a row, by how much it is divided, its unit, w
 
 
 def curves(rows, name, divisor):
-    """Model -> its points where the figure `name` was measured."""
+    """Return the points of each model where `name` was measured."""
     found = {}
     for row in rows:
         if row.get(name):
@@ -73,36 +73,38 @@ def plot(rows, what, path):
             linewidth=2.6 if ours else 1.4,
             zorder=3 if ours else 2,
         )
-        where = "" if tokens[-1] == lengths[-1] else f" at {short(tokens[-1])}"  # not the edge
-        text = f"{model} {plain(values[-1])} {unit}{where}"
+        where = (
+            "" if tokens[-1] == lengths[-1] else f" at {format_tokens(tokens[-1])}"
+        )  # not the last length
+        text = f"{model} {format_number(values[-1])} {unit}{where}"
         labels.append(Label(values[-1], text, COLORS[model]))
-    mark_edges(axes, lengths)
+    set_bin_ticks(axes, lengths)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
-    restyle(axes)
+    style_axes(axes)
     write_labels(figure, axes, labels)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "melodi_hf"}):
         figure.savefig(path, transparent=True, metadata={"Date": None})
     return path
 
 
-def plain(value):
-    """Two digits or three, and all of those before the point."""
+def format_number(value):
+    """Format with two or three digits, and all digits before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
 
 
-def restyle(axes):
-    """For light and dark pages."""
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.8)
+def style_axes(axes):
+    """Style axes for light and dark pages."""
+    axes.spines[["left", "bottom"]].set_color(TEXT_COLOR)
+    axes.tick_params(colors=TEXT_COLOR)
+    axes.xaxis.label.set_color(TEXT_COLOR)
+    axes.yaxis.label.set_color(TEXT_COLOR)
+    axes.grid(axis="y", color=TEXT_COLOR, alpha=0.25, linewidth=0.8)
 
 
 def plot_peers(result, folder):
-    """The files written."""
+    """Write the plots; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     return [plot(result["rows"], what, folder / f"peers_{what}.svg") for what in PLOTS]
 
@@ -115,7 +117,7 @@ def main():
     try:
         result = read_object(args.results, "rows")
         if not all({"model", "tokens"} <= row.keys() for row in result["rows"]):
-            raise ValueError(f"{args.results} is not of peers.py: name the JSON that it wrote")
+            raise ValueError(f"{args.results} is not a result of peers.py: pass its JSON")
         for path in plot_peers(result, args.output):
             print(path)
     except FAILURES as error:

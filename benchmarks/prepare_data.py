@@ -1,11 +1,11 @@
-"""How long documents take to be prepared, and to be found again, and the memory of both.
+"""Measure time and memory of preparing documents and of opening them again.
 
     python benchmarks/prepare_data.py books_train.jsonl.gz --tokenizer FOLDER [--rounds 2]
         [--output benchmarks/results/prepare_data.json]
 
-Every measurement is a process of its own that begins with an empty folder or with a whole one.
-Seconds are those of the work alone; importing torch and transformers is no part of them. The peak
-is that of the whole process. Of several rounds the median is kept, of peaks the highest.
+Every measurement is a separate process, with an empty or a complete cache folder. Times exclude the
+import of torch and transformers. The peak is that of the whole process. Rounds are summarized by
+the median, peaks by the maximum.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from read_million import peak_bytes
 
 from melodi_hf.data import Segments, load_tokenizer, prepare_documents, read_documents
-from melodi_hf.data.prepared import FOLDER
+from melodi_hf.data.prepared import CACHE_VARIABLE
 from melodi_hf.evaluation.command_line import output_file, positive_int, print_device
 
 PREPARE, OPEN, READ = "prepare", "open again", "open again and read every segment"
@@ -31,7 +31,7 @@ READING = {"segment_length": 4096, "num_rows": 8}
 
 
 def measure(work, files, tokenizer_path):
-    """Do one kind of work in this process -> figures."""
+    """Run one kind of work in this process; return measurements."""
     tokenizer = load_tokenizer(tokenizer_path)
     start, cpu = time.perf_counter(), time.process_time()
     documents = prepare_documents(read_documents(files), tokenizer)
@@ -50,16 +50,16 @@ def measure(work, files, tokenizer_path):
     }
 
 
-def measure_apart(work, args, folder):
-    """Do it in a fresh process whose prepared documents lie in `folder`."""
+def measure_in_subprocess(work, args, folder):
+    """Measure in a new process with the cache in `folder`."""
     command = [sys.executable, __file__, *args.files, "--tokenizer", args.tokenizer, "--do", work]
-    environment = {**os.environ, FOLDER: folder}
+    environment = {**os.environ, CACHE_VARIABLE: folder}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def row_of(work, measured):
-    """One row of the table, from the figures of all rounds."""
+def make_row(work, measured):
+    """Make a row of the table from the measurements of all rounds."""
     first = measured[0]
     seconds, cpu = (
         statistics.median(m[key] for m in measured) for key in ("seconds", "CPU_seconds")
@@ -77,7 +77,7 @@ def row_of(work, measured):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", help="documents, as in a recipe")
+    parser.add_argument("files", nargs="+", help="documents: JSONL, parquet or text")
     parser.add_argument("--tokenizer", required=True, help="a folder, or a name on the Hub")
     parser.add_argument("--rounds", type=positive_int, default=2)
     parser.add_argument(
@@ -92,10 +92,10 @@ def main():
     measured = {PREPARE: [], OPEN: [], READ: []}
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            for work, figures in measured.items():
-                figures.append(measure_apart(work, args, folder))
-                print(work, json.dumps(figures[-1]), file=sys.stderr)
-    rows = [row_of(work, figures) for work, figures in measured.items()]
+            for work, measurements in measured.items():
+                measurements.append(measure_in_subprocess(work, args, folder))
+                print(work, json.dumps(measurements[-1]), file=sys.stderr)
+    rows = [make_row(work, measurements) for work, measurements in measured.items()]
     files = [Path(name).name for name in args.files]
     result = {"rows": rows, "files": files, "tokenizer": Path(args.tokenizer).name}
     result |= {"rounds": args.rounds, "cores": os.cpu_count(), "segments": READING}

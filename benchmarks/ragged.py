@@ -1,10 +1,10 @@
-"""What a batch of documents of different lengths costs, against equal rows with as many tokens.
+"""Measure the cost of padding: rows of different lengths against equal rows.
 
     python benchmarks/ragged.py [--rounds 7] [--output benchmarks/results/ragged.json] [--tiny]
 
-Eight rows. Seconds are CPU seconds of the process; each round measures equal and ragged rows one
-after the other, and the median of the rounds' ratios is reported. "prefill" reads into a cache and
-gives the last logits, "forward" gives all logits, "training" is forward and backward of the loss,
+Eight rows with the same total number of tokens. Times are CPU seconds; each round measures equal
+and ragged rows, and the median of the ratios is reported. "prefill" fills a cache and computes the
+last logits, "forward" computes all logits, "training" is forward and backward of the loss,
 "decoding" is one token per row after the prefill.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.parts.floor import write  # before torch
+from benchmarks.parts.floor import write_json  # before torch
 
 import torch  # isort: skip
 from tqdm import tqdm
@@ -50,7 +50,7 @@ MELODI = {
     "num_long_memory_tokens": 16,
     "long_memory_windows": 32,
 }
-# Lengths in windows; all have the same mean, 5.
+# Lengths in windows, with a mean of 5.
 LENGTHS = {
     "evenly spread": [1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5],
     "one is long": [2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 23.2],
@@ -59,7 +59,7 @@ LENGTHS = {
 
 
 def batch(lengths, vocab_size, side):
-    """Rows of the given lengths in tokens, padded on the left or the right -> ids, mask."""
+    """Make ids and mask of rows with the given lengths, padded on one side."""
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
@@ -69,8 +69,8 @@ def batch(lengths, vocab_size, side):
     return ids, mask
 
 
-def works(model, ids, mask):
-    """What is measured: name -> a function that does it once."""
+def make_workloads(model, ids, mask):
+    """Return the workloads by name."""
     given = None if mask.all() else mask
     labels = ids.masked_fill(mask == 0, -100)
     cache = MelodiCache(model.config)
@@ -105,13 +105,13 @@ def seconds(work):
 
 
 def compare(model, lengths, side, rounds):
-    """Ratio of ragged to equal rows, the median of `rounds`, for each kind of work."""
+    """Return the median ratio of ragged to equal rows for each workload."""
     tokens, vocab_size = sum(lengths), model.config.vocab_size
-    equal = works(model, *batch([tokens // ROWS] * ROWS, vocab_size, side))
-    ragged = works(model, *batch(lengths, vocab_size, side))
+    equal = make_workloads(model, *batch([tokens // ROWS] * ROWS, vocab_size, side))
+    ragged = make_workloads(model, *batch(lengths, vocab_size, side))
     ratios = {}
     for name, work in ragged.items():
-        seconds(work), seconds(equal[name])  # buffers are allocated
+        seconds(work), seconds(equal[name])  # warm-up
         pairs = [(seconds(work), seconds(equal[name])) for _ in range(rounds)]
         ratios[name] = round(statistics.median(a / b for a, b in pairs), 3)
     return ratios
@@ -121,7 +121,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=positive_int, default=7)
     parser.add_argument("--output", type=output_file, default="benchmarks/results/ragged.json")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a smoke test")
     args = parser.parse_args()
     print_device("cpu", torch.float32)
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def main():
         rows.append({"model": name, "lengths": described, "padding": side} | ratios)
     result = {"rows": rows, "sizes": sizes | MELODI, "lengths in windows": LENGTHS}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    write(result, args.output)
+    write_json(result, args.output)
     print(json.dumps(rows, indent=1))
 
 

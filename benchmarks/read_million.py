@@ -1,11 +1,11 @@
-"""A read of 1 000 000 tokens needs the memory of a read of 10 000: the peaks of both, measured.
+"""Measure the peak memory of reading 10 000 and 1 000 000 tokens.
 
     python benchmarks/read_million.py [--tokens 10000 1000000] [--output FILE] [--tiny]
 
-Each read runs in a process of its own, whose peak is the most memory that it ever had resident,
-Python, torch and the model included. The document is drawn part by part while it is read, as one is
-that comes from a file. The C library is told to give memory back at once: what it holds back else
-comes and goes by some megabytes from run to run, which would hide what is measured.
+Each read is a separate process; its peak is the maximum resident memory, including Python, torch
+and the model. The document is generated in parts during reading, like one from a file. The C
+library is set to release memory immediately, since its cache varies by some megabytes from run to
+run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import training.parts.threads  # noqa: F401  # before torch
 
-PART = 3000  # tokens that the source gives at once; no multiple of a window
+PART = 3000  # tokens per part; not a multiple of a window
 SMALL = {
     "vocab_size": 4096,
     "hidden_size": 64,
@@ -40,18 +40,18 @@ SMALL = {
 TINY = SMALL | {"hidden_size": 8, "num_hidden_layers": 1, "head_dim": 4, "long_memory_layers": [0]}
 
 
-def drawn(vocab_size, tokens):
-    """A document of random ids, part by part."""
+def draw_parts(vocab_size, tokens):
+    """Generate a document of random ids in parts."""
     import torch
 
-    for begin in range(0, tokens, PART):
-        yield torch.randint(0, vocab_size, (min(PART, tokens - begin),))
+    for start in range(0, tokens, PART):
+        yield torch.randint(0, vocab_size, (min(PART, tokens - start),))
 
 
 def peak_bytes():
-    """The most memory that this process had resident."""
+    """Return the peak resident memory of this process."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the process that started this one, too
+    if status.exists():  # getrusage would include the parent process
         lines = status.read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     kilobytes = platform.system() != "Darwin"
@@ -59,15 +59,15 @@ def peak_bytes():
 
 
 def read(sizes, tokens):
-    """Read once in this process; a row of the report."""
+    """Read once in this process; return a row of the report."""
     import torch
 
     from melodi_hf import MelodiConfig, MelodiForCausalLM
 
     torch.manual_seed(0)
     model = MelodiForCausalLM(MelodiConfig(**sizes)).eval()
-    began = time.process_time()  # other programs may run beside this one
-    cache = model.read_document(drawn(model.config.vocab_size, tokens))
+    began = time.process_time()  # CPU time, since other programs may be running
+    cache = model.read_document(draw_parts(model.config.vocab_size, tokens))
     seconds = time.process_time() - began
     assert cache.get_seq_length() == tokens
     return {
@@ -81,7 +81,7 @@ def read(sizes, tokens):
     }
 
 
-def in_a_process_of_its_own(sizes, tokens):
+def run_in_subprocess(sizes, tokens):
     command = [sys.executable, __file__, "--child", json.dumps([sizes, tokens])]
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     child = subprocess.run(command, env=os.environ | at_once, stdout=subprocess.PIPE, check=True)
@@ -89,7 +89,7 @@ def in_a_process_of_its_own(sizes, tokens):
 
 
 def main():
-    if sys.argv[1:2] == ["--child"]:  # first, so that nothing else adds to its peak
+    if sys.argv[1:2] == ["--child"]:  # first, to keep the peak low
         print(json.dumps(read(*json.loads(sys.argv[2]))))
         return
     from melodi_hf.evaluation.command_line import output_file, positive_int, print_device
@@ -99,11 +99,11 @@ def main():
     parser.add_argument(
         "--output", type=output_file, default="benchmarks/results/read_million.json"
     )
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a smoke test")
     args = parser.parse_args()
     print_device("cpu", "float32")
     sizes = TINY if args.tiny else SMALL
-    rows = [in_a_process_of_its_own(sizes, tokens) for tokens in args.tokens]
+    rows = [run_in_subprocess(sizes, tokens) for tokens in args.tokens]
     machine = {name: rows[0][name] for name in ("torch", "threads")}
     for row in rows:
         for name in machine:

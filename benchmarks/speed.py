@@ -1,26 +1,24 @@
-"""Each phase against its floor, in one run on this machine: training, prefill, decoding, closing.
+"""Measure training, prefill and decoding relative to their lower bounds ("floor").
 
     python benchmarks/speed.py [--sizes reference paper] [--threads 1] [--device cpu]
         [--output benchmarks/results/speed.json] [--tiny]
 
 The floor is the time that a phase must take: its FLOPs (pairs that see each other) over the rate of
-matrix products, or its bytes over the rate of reading as many (`melodi_hf.models.costs`,
+matrix products, or its bytes over the rate of reading as many (methods of the configuration,
 `benchmarks/parts/floor.py`). Rates are measured before and after each measurement, rounds alternate
-between the phases, and medians are reported. The queue is full, so that nothing is saved by its
-being empty.
+between the phases, and medians are reported. The queue is full.
 
-    training step        forward and backward of one segment and the loss, as the Trainer takes it
+    training step        forward and backward of one segment, with the loss of the Trainer
                          (`skip_logits`); no update
-    forward              one segment in training's way without gradients, all logits
-    prefill              one segment through the cache, the last logits only
-    decoding step        one token of one row: its weights and memory must be read once
-    the same, compiled   as `generate(cache_implementation="static")` decodes it
-    closing a window     by how much the token that fills a window takes longer than the median
+    forward              one segment without a cache or gradients, all logits
+    prefill              one segment with a cache, the last logits only
+    decoding step        one token of one row, which reads weights and memory once
+    the same, compiled   as in `generate(cache_implementation="static")`
+    closing a window     extra latency of the token that completes a window
 
-Then two comparisons of a token's latency after 4 000 tokens and after 1 000 000, token by token in
-turn, over a whole window. At a small width both documents are really read. At the reference size
-4 000 tokens are; the other state is a copy with every slot of the queue filled and the count of
-tokens set to 1 000 000.
+Then the latency of a token after 4 000 and after 1 000 000 tokens is compared, alternating over a
+whole window. At a small width both documents are read. At the reference size the state of the long
+document is a copy with a full queue and a token count of 1 000 000.
 """
 
 import argparse
@@ -32,16 +30,16 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.parts.floor import Machine, in_a_process_of_its_own, write  # before torch
+from benchmarks.parts.floor import Machine, run_in_subprocess, write_json  # before torch
 
 import torch  # isort: skip
 from tqdm import tqdm
 from transformers.cache_utils import StaticCache
 
-from benchmarks.read_million import SMALL, drawn
+from benchmarks.read_million import SMALL, draw_parts
 from melodi_hf import MelodiCache, MelodiConfig, MelodiForCausalLM
 from melodi_hf.evaluation.command_line import device_name, output_file, positive_int, print_device
-from melodi_hf.models.costs import closing_flops, decoding_bytes, forward_flops, training_flops
+from melodi_hf.models.cache import shared_state
 from melodi_hf.models.decoder import Memory
 from melodi_hf.models.generation import CompiledSteps
 from melodi_hf.models.windows import Progress
@@ -67,7 +65,7 @@ TINY = {
 
 
 def reference_config():
-    """The reference size of the benchmark."""
+    """Return the reference size of the benchmark."""
     return MelodiConfig(
         vocab_size=32000,
         hidden_size=512,
@@ -87,18 +85,21 @@ def reference_config():
 
 
 class Size(NamedTuple):
-    """A configuration, and how much of it is measured."""
+    """A configuration and the lengths of its measurements."""
 
     config: MelodiConfig
     segment: int  # tokens
     rounds: int
-    decoded: int  # tokens of a round, the last of which fills its window
+    decoded: int  # tokens per round, the last of which completes a window
     trains: bool
 
 
 def sizes(tiny, is_cuda):
-    """By name. The paper's training step takes minutes and 10 GB on a CPU: it is left to GPUs, and
-    compiling is with it."""
+    """Return the sizes by name.
+
+    At the paper's size training and compilation are measured on GPUs only: a training step takes
+    minutes and 10 GB on a CPU.
+    """
     if tiny:
         return {"tiny": Size(MelodiConfig(**TINY), 128, 2, 16, True)}
     paper = MelodiConfig(dropout=0.0, attention_dropout=0.0)
@@ -119,28 +120,30 @@ def draw(config, tokens, machine):
 
 
 def full_memory(model):
-    """A memory as after reading as many windows as the queue holds: every slot is filled."""
+    """Make a memory with random values and a full queue."""
     config, empty = model.config, model.model.empty_memory(1)
-    layers = tuple(type(held)(*(torch.randn_like(t) for t in held)) for held in empty.layers)
+    layers = tuple(type(layer)(*(torch.randn_like(t) for t in layer)) for layer in empty.layers)
     tokens = config.long_memory_windows * config.window_length
     return Memory(layers, Progress(torch.tensor([tokens], device=model.device), 0))
 
 
 def train(model, ids, memory):
-    """One step, the loss without whole logits."""
+    """Run forward and backward of the loss without all logits."""
     how = {"memory": memory, "return_memory": True, "skip_logits": True}
     model(ids, labels=ids, **how).loss.backward()
 
 
 @torch.inference_mode()
 def read(model, ids, cache):
-    """The whole row in one call; the logits of its last token."""
+    """Read a row in one call; return the logits of the last token."""
     return model(input_ids=ids, cache=cache, logits_to_keep=1).logits
 
 
-def filled(cache, tokens):
-    """Another cache like this one, which says that it has read `tokens`, as many tokens into a
-    window or not, and whose queues hold something in every slot."""
+def fill_cache(cache, tokens):
+    """Return a copy of a cache with a full queue and a token count of `tokens`.
+
+    `tokens` must be at the same position within a window.
+    """
     twin = cache.clone()
     for layer in twin.layers:
         keys = torch.randn_like(layer.memory.long_keys)
@@ -148,21 +151,21 @@ def filled(cache, tokens):
             long_keys=torch.nn.functional.normalize(keys, dim=-1),
             long_values=torch.randn_like(layer.memory.long_values),
         )
-        count = torch.full_like(layer.progress.tokens_read, tokens)
-        layer.progress = Progress(count, tokens % layer.window_length)
-        layer.columns = tokens
+    state = shared_state(twin)
+    count = torch.full_like(state.progress.tokens_read, tokens)
+    state.progress, state.columns = Progress(count, tokens % state.window_length), tokens
     return twin
 
 
 def full_cache(model, machine):
-    """A cache that ends with a window, and whose queue is full."""
+    """Make a cache at a window boundary with a full queue."""
     config, cache = model.config, MelodiCache(model.config)
     read(model, draw(config, config.window_length, machine), cache)
-    return filled(cache, config.long_memory_windows * config.window_length)
+    return fill_cache(cache, config.long_memory_windows * config.window_length)
 
 
 class Compiled:
-    """Tokens decoded as `generate` does with a static cache, window after window."""
+    """Decoding as in `generate` with a static cache."""
 
     def __init__(self, model, size, machine):
         self.model, self.size, self.machine = model, size, machine
@@ -182,18 +185,18 @@ class Compiled:
     def run(self):
         self.read(self.model.config.window_length - self.size.decoded)
         ids = draw(self.model.config, self.size.decoded, self.machine)
-        self.steps.slots = None  # what was read was not counted
+        self.steps.offsets = None  # to be read again
         times = latencies(self.steps, ids, self.cache, self.machine)
         return {"decoding step, compiled": statistics.median(times[:-1])}
 
 
 def latencies(model, ids, cache, machine):
-    """Seconds of each token, one after the other."""
+    """Return the seconds of each token."""
     return [machine.seconds(lambda one=one: read(model, one, cache)) for one in ids.split(1, dim=1)]
 
 
 class Phase(NamedTuple):
-    """What is done, and what it must cost; `run` returns seconds by the phase's parts."""
+    """A phase and its costs; `run` returns seconds by row of the table."""
 
     run: object
     flops: dict[str, int]
@@ -201,10 +204,10 @@ class Phase(NamedTuple):
 
 
 def phases(model, size, machine):
-    """Name -> a phase; the parts of their times have the names of the table's rows."""
+    """Return the phases by name."""
     config, ids = model.config, draw(model.config, size.segment, machine)
     cache, memory = full_cache(model, machine), full_memory(model)
-    before = config.window_length - size.decoded  # tokens of the window that is decoded
+    before = config.window_length - size.decoded  # tokens of the window before decoding
     begun = cache.clone()
     read(model, draw(config, before, machine), begun)
 
@@ -230,27 +233,27 @@ def phases(model, size, machine):
         return {"decoding step": typical, "closing a window": times[-1] - typical}
 
     head = 2 * config.hidden_size * config.vocab_size
-    prefilled = forward_flops(config, size.segment, with_logits=False) + head
+    prefilled = config.forward_flops(size.segment, with_logits=False) + head
     number, middle = machine.dtype.itemsize, before + size.decoded // 2
-    of_a_token = {"decoding step": decoding_bytes(config, middle, number)}
+    of_a_token = {"decoding step": config.decoding_bytes(middle, number)}
     found = {
-        "forward": Phase(forward, {"forward": forward_flops(config, size.segment)}, {}),
+        "forward": Phase(forward, {"forward": config.forward_flops(size.segment)}, {}),
         "prefill": Phase(prefill, {"prefill": prefilled}, {}),
-        "decoding": Phase(decoding, {"closing a window": closing_flops(config)}, of_a_token),
+        "decoding": Phase(decoding, {"closing a window": config.window_end_flops()}, of_a_token),
     }
     if size.trains:
         of_a_token = {"decoding step, compiled": of_a_token["decoding step"]}
         found["compiled"] = Phase(Compiled(model, size, machine).run, {}, of_a_token)
-        work = training_flops(config, size.segment)
+        work = config.training_flops(size.segment)
         found = {"training": Phase(training, {"training step": work}, {})} | found
     return found
 
 
 def measure(named, size, machine):
-    """Round by round: row -> seconds, and row -> seconds of its floor."""
+    """Measure all rounds; return seconds and floor by row."""
     times, floors, rates = {}, {}, {"GFLOP/s": [], "GB/s read": [], "GB/s copied": []}
     for phase in named.values():
-        phase.run()  # buffers are allocated, kernels chosen
+        phase.run()  # warm-up
     for _ in tqdm(range(size.rounds), desc="rounds", unit="round"):
         for phase in named.values():
             before = both_rates(phase, machine)
@@ -272,8 +275,8 @@ def both_rates(phase, machine):
     return machine.matmul_rate(), machine.read_rate(max(phase.bytes.values(), default=1 << 20))
 
 
-def rows_of(name, named, times, floors):
-    """Of the table."""
+def make_rows(name, named, times, floors):
+    """Make the rows of the table."""
     flops = {row: count for phase in named.values() for row, count in phase.flops.items()}
     read = {row: count for phase in named.values() for row, count in phase.bytes.items()}
     return [
@@ -290,8 +293,8 @@ def rows_of(name, named, times, floors):
     ]
 
 
-def pause_row(name, length, times):
-    """What closing a window means for who waits for a token."""
+def window_end_row(name, length, times):
+    """Make the row about the latency at the end of a window."""
     typical, more = (
         1e3 * statistics.median(times[row]) for row in ("decoding step", "closing a window")
     )
@@ -310,12 +313,12 @@ def share(floor, seconds):
 
 
 def peak_of_training(request):
-    """In this process: the most memory above the loaded model during two training steps."""
+    """Measure the peak memory of two training steps above the loaded model, in this process."""
     name, tiny, device, threads = request
     machine = Machine(device, threads, tiny)
     size = sizes(tiny, machine.is_cuda)[name]
     model, ids = build(size.config, machine), draw(size.config, size.segment, machine)
-    before = machine.forget_peak()
+    before = machine.reset_peak()
     memory = full_memory(model)
     for _ in range(2):
         model.zero_grad(set_to_none=True)
@@ -327,7 +330,7 @@ def peak_of_training(request):
 
 
 def compare(model, caches, tokens, machine):
-    """Milliseconds of each of `tokens` tokens, in turn from either of two caches."""
+    """Measure the milliseconds of tokens, alternating between two caches."""
     times = [], []
     for step, one in enumerate(draw(model.config, tokens, machine).split(1, dim=1)):
         for which in (0, 1) if step % 2 else (1, 0):
@@ -351,12 +354,13 @@ def latency_row(name, documents, how, times):
 
 
 def latency(machine, tiny):
-    """A token after much was read, against a token after little, over one window of either."""
+    """Compare the latency of tokens after a short and after a long document."""
     documents = (400, 1000) if tiny else DOCUMENTS
     config = MelodiConfig(**(TINY if tiny else SMALL))
     model, length = build(config, machine), config.window_length
     caches = [
-        model.read_document(drawn(config.vocab_size, tokens), progress=None) for tokens in documents
+        model.read_document(draw_parts(config.vocab_size, tokens), progress=None)
+        for tokens in documents
     ]
     times = compare(model, caches, length, machine)
     rows = [latency_row("small width", documents, "read", times)]
@@ -367,44 +371,44 @@ def latency(machine, tiny):
 
 
 def set_caches(model, documents, machine):
-    """A cache that has read the short document, and one that could have read the long one."""
+    """Make the cache of a short document, and one set to the state of a long document."""
     (short, long), cache = documents, MelodiCache(model.config)
     read(model, draw(model.config, short, machine), cache)
     twin, missing = cache.clone(), (long - short) % model.config.window_length
-    if missing:  # to stand at the same slot of a window
+    if missing:  # to be at the same slot of a window
         read(model, draw(model.config, missing, machine), twin)
-    return [cache, filled(twin, long)]
+    return [cache, fill_cache(twin, long)]
 
 
-def recorded(config):
-    """The fields that make the size."""
+def config_sizes(config):
+    """Return the fields that determine the size."""
     return {name: x for name, x in config.to_diff_dict().items() if name != "transformers_version"}
 
 
 def measure_all(args, machine):
-    """The JSON of record; it is written after each size, so that nothing done is lost."""
+    """Measure all sizes; the JSON is written after each."""
     known = sizes(args.tiny, machine.is_cuda)
     result = {"rows": [], "tables": {"pause": [], "peak": [], "latency": []}, "by size": {}}
-    result |= machine.described() | {"tokens": SEGMENT}
+    result |= machine.describe() | {"tokens": SEGMENT}
     for name in ("tiny",) if args.tiny else args.sizes:
         size = known[name]
         model = build(size.config, machine)
         named = phases(model, size, machine)
         times, floors, rates = measure(named, size, machine)
-        result["rows"] += rows_of(name, named, times, floors)
-        result["tables"]["pause"].append(pause_row(name, size.config.window_length, times))
+        result["rows"] += make_rows(name, named, times, floors)
+        result["tables"]["pause"].append(window_end_row(name, size.config.window_length, times))
         del model, named
         every = {"seconds": times, "floors": floors, "rates": rates}
-        result["by size"][name] = every | {"config": recorded(size.config)}
+        result["by size"][name] = every | {"config": config_sizes(size.config)}
         if size.trains:
             request = name, args.tiny, args.device, args.threads
-            peak = in_a_process_of_its_own(__file__, request, lean=True)
+            peak = run_in_subprocess(__file__, request, trim_heap=True)
             result["tables"]["peak"].append({"size": name} | peak)
         else:
             result["by size"][name]["left out"] = "the training step: about 10 GB and minutes each"
-        write(result, args.output)
+        write_json(result, args.output)
     result["tables"]["latency"] = latency(machine, args.tiny)
-    write(result, args.output)
+    write_json(result, args.output)
     return result
 
 
@@ -414,7 +418,7 @@ def main():
     parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--threads", type=positive_int, default=1, help="1: CPU seconds; else wall")
     parser.add_argument("--output", type=output_file, default="benchmarks/results/speed.json")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a smoke test")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.sizes = args.sizes or ["reference", "paper"]

@@ -1,10 +1,10 @@
-"""What a training step costs to compile on torch_xla, by the number of windows of its segment.
+"""Measure the compilation of a training step on torch_xla by the number of windows.
 
     PJRT_DEVICE=CPU python benchmarks/tpu_compile.py [--windows 8 16 64] [--output FILE]
 
-"loop" reads the windows as training does, in one loop of XLA's; "unrolled" has Python repeat them.
-A step is forward and backward of the loss. Operations are those of its graph before XLA works on
-it, CPU seconds those of the process while it is compiled and run once.
+"loop" reads the windows in one XLA loop, as training does; "unrolled" uses a Python loop. A step is
+forward and backward of the loss. Operations are counted in the graph before XLA optimises it; CPU
+seconds are those of compiling and running it once.
 """
 
 import argparse
@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from melodi_hf import MelodiConfig, MelodiForCausalLM, TransformerXLConfig, TransformerXLForCausalLM
 from melodi_hf.evaluation.command_line import output_file, positive_int, print_device
-from melodi_hf.models.ragged import make_plan
-from melodi_hf.tpu import make_loop_plan
+from melodi_hf.models.windows import plan_windows
+from melodi_hf.tpu import plan_loop
 
 SIZES = {
     "vocab_size": 64,
@@ -43,13 +43,13 @@ MELODI = {
     "num_long_memory_tokens": 2,
     "long_memory_windows": 4,
 }
-WAYS = {"loop": make_loop_plan, "unrolled": make_plan}
+VARIANTS = {"loop": plan_loop, "unrolled": plan_windows}
 ROWS = 2
 
 
 def measure(model, windows, way):
-    """Record, compile and run one step."""
-    model.base_model.make_plan = WAYS[way]
+    """Trace, compile and run one step."""
+    model.base_model.plan_windows = VARIANTS[way]
     model.zero_grad(set_to_none=True)
     shape = ROWS, windows * model.config.window_length
     ids = torch.randint(0, model.config.vocab_size, shape).to(model.device)
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--output", type=output_file, default="benchmarks/results/tpu_compile.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device = torch_xla.device()  # before anything is differentiated, or autograd does not know it
+    device = torch_xla.device()  # before any backward, so that autograd knows the device
     print_device(device, torch.float32)
     models = {
         "MELODI": MelodiForCausalLM(MelodiConfig(**SIZES, **MELODI)),
@@ -86,13 +86,13 @@ def main():
     result |= {"torch_xla": torch_xla.__version__, "device": os.environ.get("PJRT_DEVICE")}
     result["XLA_FLAGS"] = os.environ.get("XLA_FLAGS")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    cases = [(m, n, w) for m in models for n in args.windows for w in WAYS]
+    cases = [(m, n, w) for m in models for n in args.windows for w in VARIANTS]
     for name, windows, way in tqdm(cases, desc="cases", unit="case"):
         model = models[name].to(device).train()
         model.tie_weights()
         found = {"model": name, "windows": windows, "read by": way} | measure(model, windows, way)
         result["rows"].append(found)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")  # the last ones take long
+        args.output.write_text(json.dumps(result, indent=1) + "\n")  # the last ones are slow
     print(json.dumps(result["rows"], indent=1))
 
 

@@ -1,8 +1,7 @@
-"""What is told of a run while it runs: figures of its memories, and who draws them.
+"""Metrics of the memories, and callbacks for TensorBoard, Weights & Biases and trackio.
 
-TensorBoard, Weights & Biases and trackio are told if they are installed. None of them asks for an
-account or waits for a network: Weights & Biases writes files, which `wandb sync` sends, unless
-WANDB_MODE says otherwise, and trackio keeps its own on this machine.
+Each tracker is used if it is installed. None needs an account or a network: Weights & Biases runs
+offline unless WANDB_MODE is set (`wandb sync` uploads its files), and trackio stores data locally.
 """
 
 import os
@@ -14,28 +13,30 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from melodi_hf.models.adapters import unwrap_decoder
+from melodi_hf.models.memory_file import unwrap_decoder
 
 
-def memory_figures(accelerator, model, memories) -> dict[str, float]:
-    """What the model tells of its memories (`DecoderModel.figures`): means over the rows of all
+def memory_metrics(accelerator, model, memories) -> dict[str, float]:
+    """Compute metrics of a model's memories (`DecoderModel.metrics`): means over the rows of all
     micro-batches and devices. All processes must call this; it waits for the devices."""
     decoder = unwrap_decoder(model)
-    told = [decoder.figures(memory) for memory in memories if memory is not None]
-    if not told or not told[0]:
+    metrics = [decoder.metrics(memory) for memory in memories if memory is not None]
+    if not metrics or not metrics[0]:
         return {}
-    values = torch.stack([torch.stack([whole(x) for x in one.values()]) for one in told]).mean(0)
+    values = torch.stack(
+        [torch.stack([gather_metric(x) for x in one.values()]) for one in metrics]
+    ).mean(0)
     values = accelerator.reduce(values, "mean")
-    return dict(zip(told[0], values.tolist(), strict=True))
+    return dict(zip(metrics[0], values.tolist(), strict=True))
 
 
-def whole(figure):
-    """A number of which FSDP may have left a part on each device."""
-    return figure.full_tensor() if hasattr(figure, "full_tensor") else figure
+def gather_metric(value):
+    """Gather a metric that FSDP may have sharded."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def trackers(folder: Path) -> list[TrainerCallback]:
-    """Callbacks of those that can be imported; `folder` is for the files of the first two."""
+    """Return the callbacks of installed trackers; the first two write their files to `folder`."""
     known = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio}
     found: list[TrainerCallback] = []
     for package, callback in known.items():
@@ -46,7 +47,7 @@ def trackers(folder: Path) -> list[TrainerCallback]:
 
 
 class TensorBoard(TensorBoardCallback):
-    """transformers' callback, for runs that are stopped and go on."""
+    """TensorBoard callback of transformers that supports resumed runs."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -56,13 +57,13 @@ class TensorBoard(TensorBoardCallback):
         if state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What was drawn beyond the checkpoint that the run goes on from is drawn anew.
+            # Remove points logged after the checkpoint; they will be logged again.
             self.tb_writer = SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
         super().on_train_begin(args, state, control, **kwargs)
 
 
 class WeightsAndBiases(WandbCallback):
-    """transformers' callback, which would ask for an account and wait for its server."""
+    """Weights & Biases callback of transformers, offline by default."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -89,7 +90,7 @@ class WeightsAndBiases(WandbCallback):
 
 
 class Trackio(TrackioCallback):
-    """transformers' callback, which needs no folder."""
+    """trackio callback of transformers."""
 
     def __init__(self, folder: Path):
         super().__init__()

@@ -1,24 +1,23 @@
-"""The Trainer whose rows carry their memory from step to step.
+"""A Trainer that carries the memory of each row from step to step.
 
-Row `b` of every batch reads the segments of its documents in order. What a step leaves in the
-memory of a row, without gradient, the next step finds there, except where `reset_memory` says that
-another document begins:
+Row `b` of every batch reads the segments of its documents in order. The memory of a row, detached,
+is passed on to the next step, unless `reset_memory` marks the start of another document:
 
     step         0              1              2
     row 0   [ A, segment 0 | A, segment 1 | B, segment 0 ]
                        memory ->       empty
 
-The rows of a step are those of all devices and of all micro-batches that gradients are accumulated
-over: micro-batch m of every step has rows, and a memory, of its own. With two devices, two
-micro-batches and one row in each, item `step * 4 + row` of the data set is read by
+A step has the rows of all devices and of all micro-batches of gradient accumulation. Each
+micro-batch has its own rows and memory. With two devices, two micro-batches and one row in each,
+item `step * 4 + row` of the data set is read by
 
     row             0    1    2    3
     micro-batch     0    0    1    1
     device          0    1    0    1
 
-so that the loss and the gradients are those of four rows at once. That holds only while batches
-come in the order of the data set, so other orders are refused. Evaluation reads its own documents,
-from an empty memory, and leaves that of training as it was.
+so that loss and gradients equal those of one batch of four rows. Batches must be read in the order
+of the data set; other settings raise an error. Evaluation starts from an empty memory and does not
+change that of training.
 """
 
 import json
@@ -39,25 +38,27 @@ from transformers import AutoModelForCausalLM, ProgressCallback, Trainer
 
 from melodi_hf.adafactor import OPTIONS, PaperAdafactor
 from melodi_hf.checkpoints import (
-    find_flaw,
-    last_whole_checkpoint,
-    mark_whole,
-    refuse_other_processes,
-    remove_earlier,
+    check_num_processes,
+    incomplete_reason,
+    last_complete_checkpoint,
+    mark_complete,
+    remove_old_checkpoints,
 )
 from melodi_hf.data.segments import IGNORED, Segments
-from melodi_hf.models.adapters import unwrap_decoder
 from melodi_hf.models.configuration_decoder import DecoderConfig
-from melodi_hf.models.loss import hide_blind, shifted
-from melodi_hf.tracking import memory_figures
+from melodi_hf.models.loss import mask_targets_before_first_token, shift_targets
+from melodi_hf.models.memory_file import unwrap_decoder
+from melodi_hf.tracking import memory_metrics
 
 PAPER_ADAFACTOR = PaperAdafactor, OPTIONS
-LABELS = ("shift_labels", "labels")  # of what a batch has, the model takes the first
+LABELS = ("shift_labels", "labels")  # the first of these that a batch has is used
 
 
 def paper_schedule(step, total_steps, peak=0.01, floor=0.001, warmup=1000):
-    """The learning rate of the paper: up in a line, down along a cosine that began with the line,
-    and beyond the last step half as much for every `total_steps`."""
+    """Compute the learning rate of the paper: linear warm-up and cosine decay.
+
+    The cosine starts at step 0. After `total_steps` the rate is halved every `total_steps`.
+    """
     if step >= total_steps:
         return 2 * floor * 0.5 ** (step / total_steps)
     way = min(max(step, warmup), total_steps) / total_steps
@@ -66,13 +67,15 @@ def paper_schedule(step, total_steps, peak=0.01, floor=0.001, warmup=1000):
 
 
 class MemoryTrainer(Trainer):
-    """A Trainer for models that take `memory` and return it, in PEFT's adapters or without.
+    """A Trainer for models that take and return `memory`, with or without PEFT adapters.
 
-    The data has `shift_labels`, as `Segments` has, or `labels`, which the model shifts.
-    schedule: the learning rate at `(step, total_steps)`, in place of `args.lr_scheduler_type`.
+    Batches contain `shift_labels`, as those of `Segments` do, or `labels`, which the model shifts.
+    Logits are computed a few rows at a time and not stored, unless `compute_metrics`, `predict` or
+    a custom loss function needs them. `eval_loss` is the mean over all targets.
 
-    Logits are made a few rows at a time and never kept, unless `compute_metrics`, `predict` or a
-    loss function of the user asks for them. `eval_loss` is the mean over all targets.
+    Args:
+        schedule: maps `(step, total_steps)` to the learning rate; replaces
+        `args.lr_scheduler_type`.
     """
 
     def __init__(
@@ -82,33 +85,33 @@ class MemoryTrainer(Trainer):
         use_cache = True if model is None else model.config.use_cache
         super().__init__(model, *args, **kwargs)
         config: Any = self.model.config  # type: ignore[union-attr]
-        config.use_cache = use_cache  # the Trainer switches it off, which would be saved
-        refuse_torn_rows(self)
+        config.use_cache = use_cache  # the Trainer sets it to False, which would be saved
+        check_arguments(self)
         self.label_names = list(LABELS)
         self.model_accepts_loss_kwargs = True
         self.skip_logits = self.label_smoother is None and self.compute_loss_func is None
-        # One for each micro-batch of a step; evaluation has one.
+        # One memory per micro-batch; evaluation has a single one.
         self._memory: dict[str, list[Any]] = {"training": [], "evaluation": [None]}
         self._micro_batch = 0
-        self._scores: list[torch.Tensor] = []  # of an evaluation: summed losses, targets
-        self._clock: Any = None  # at the last figures: seconds, tokens read
+        self._scores: list[torch.Tensor] = []  # of an evaluation: summed losses, number of targets
+        self._clock: Any = None  # at the last log: seconds, tokens read
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(FiguresOnBar)
+            self.add_callback(MetricsProgressCallback)
 
     def create_accelerator_and_postprocess(self):
-        # A mixer has no gradient where nothing reads what it makes, as in the last layer.
+        # A mixer whose output is unused, as in the last layer, has no gradient.
         if self.args.ddp_find_unused_parameters is None:
             self.args.ddp_find_unused_parameters = True
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
-            # It would round the loss, gradients and what flows between layers to bfloat16, in place
-            # of autocast, which decides on one device and shall here.
+            # FSDP2's policy would cast loss, gradients and layer inputs to bfloat16. Use autocast
+            # instead, as on a single device.
             plugin.mixed_precision_policy = None
 
     def autocast_smart_context_manager(self, *args, **kwargs):
-        if self.is_fsdp_enabled:  # accelerate puts autocast around every model but those of FSDP2
+        if self.is_fsdp_enabled:  # accelerate does not apply autocast to FSDP2 models
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(*args, **kwargs)
 
@@ -121,7 +124,7 @@ class MemoryTrainer(Trainer):
     def get_batch_samples(self, *args, **kwargs):
         self._micro_batch = 0
         if self.state.global_step >= self.state.max_steps:
-            # Gone on from the checkpoint of its last step, a Trainer would take another.
+            # Resumed after its last step, a Trainer would run one more.
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
@@ -134,36 +137,36 @@ class MemoryTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model):
-        # With FSDP2 the norm lies in parts on the devices, of which torch 2.9 would log one's own.
+        # With FSDP2 the norm is a DTensor, of which torch 2.9 would log the local part.
         norm = super()._clip_grad_norm(model)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        held = self._memory["training" if model.training else "evaluation"]
-        place = self._micro_batch if model.training else 0
-        given = {"memory": held[place], "return_memory": True, "use_cache": False}
-        inputs = {"skip_logits": self.skip_logits, **hide_unscored(inputs), **given}
-        if model.training or self.compute_loss_func is not None or labels_of(inputs) is not None:
+        memories = self._memory["training" if model.training else "evaluation"]
+        index = self._micro_batch if model.training else 0
+        given = {"memory": memories[index], "return_memory": True, "use_cache": False}
+        inputs = {"skip_logits": self.skip_logits, **mask_unscored_labels(inputs), **given}
+        if model.training or self.compute_loss_func is not None or get_labels(inputs) is not None:
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        else:  # in `predict` of data without labels
+        else:  # `predict` without labels
             loss, outputs = None, model(**inputs)
-        held[place] = outputs.memory
+        memories[index] = outputs.memory
         return (loss, outputs) if return_outputs else loss
 
     def _track_num_input_tokens(self, inputs):
         if self.args.include_num_input_tokens_seen == "non_padding":
             super()._track_num_input_tokens(inputs)
         elif "input_ids" in inputs:
-            # Counted even if they are not to be logged, for `tokens_per_second`. Batches have one
-            # shape on all devices: none of them needs to be asked, nor waited for.
+            # Always counted, for `tokens_per_second`. Batches have the same shape on all devices,
+            # so no communication is needed.
             tokens = inputs["input_ids"].numel() * self.args.world_size
             self.state.num_input_tokens_seen += tokens
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Each target counts once, over all micro-batches and devices of a step."""
-        targets = [scored_targets(batch) for batch in batch_samples]
+        """Count the targets of all micro-batches and devices of a step."""
+        targets = [get_scored_targets(batch) for batch in batch_samples]
         batches = [{"labels": each, "shift_labels": each} for each in targets if each is not None]
         return super()._get_num_items_in_batch(batches, device)
 
@@ -184,15 +187,15 @@ class MemoryTrainer(Trainer):
             return loss, None, None
         ignored = {"loss", "memory", *ignore_keys}
         logits = tuple(x for name, x in outputs.items() if name not in ignored)
-        return loss, logits[0] if len(logits) == 1 else logits, labels_of(inputs)
+        return loss, logits[0] if len(logits) == 1 else logits, get_labels(inputs)
 
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         size, devices = self.args.eval_batch_size, self.args.world_size
-        refuse_other_rows(getattr(dataloader, "dataset", None), size, devices, 1)
+        check_num_rows(getattr(dataloader, "dataset", None), size, devices, 1)
         start = time.perf_counter()
         self._memory["evaluation"] = [None]
         self._scores.clear()
-        with torch.random.fork_rng(devices=[]):  # of which every data loader draws a number
+        with torch.random.fork_rng(devices=[]):  # data loaders draw random numbers
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         self._memory["evaluation"] = [None]
         if self._clock is not None:
@@ -201,16 +204,16 @@ class MemoryTrainer(Trainer):
         if not self._scores:
             if description != "Prediction" and loss_name not in (output.metrics or {}):
                 raise ValueError(
-                    "the evaluation data gives no loss: give each item labels or shift_labels, and "
-                    f"at least as many items as a step has rows, {size * devices}"
+                    "the evaluation data gives no loss: add labels or shift_labels to each item, "
+                    f"and pass at least {size * devices} items, the rows of a step"
                 )
             return output
-        # The Trainer's mean is over batches; this one is over targets, as in training.
+        # The Trainer averages over batches; average over targets instead, as in training.
         nll, targets = self.accelerator.reduce(torch.stack(self._scores).sum(0), "mean").tolist()
         if targets == 0:
             raise ValueError(
-                "the evaluation data has no targets: all labels are -100; give it documents of two "
-                "tokens or more, or labels that are ids"
+                "the evaluation data has no targets, all labels are -100: pass documents of at "
+                "least two tokens, or labels that are ids"
             )
         return output._replace(metrics={**(output.metrics or {}), loss_name: nll / targets})
 
@@ -225,7 +228,7 @@ class MemoryTrainer(Trainer):
         return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def get_decay_parameter_names(self, model):
-        """Matrices decay; what scales or shifts single channels does not."""
+        """Return the names of matrices; biases and scales have no weight decay."""
         return [name for name, weight in model.named_parameters() if weight.ndim > 1]
 
     def log(self, logs, *args, **kwargs):
@@ -237,13 +240,14 @@ class MemoryTrainer(Trainer):
             tokens = self.state.num_input_tokens_seen
             logs["tokens_per_second"] = (tokens - read) / (now - before)
             self._clock = (now, tokens)
-            logs.update(memory_figures(self.accelerator, self.model, self._memory["training"]))
+            logs.update(memory_metrics(self.accelerator, self.model, self._memory["training"]))
         super().log(logs, *args, **kwargs)
 
     def whole_model(self):
-        """The trained model on the first process, put together if FSDP dealt it out, and None on
-        the others. It computes in float32, as it will when it is loaded again. All processes must
-        call this."""
+        """Return the trained model in float32 on rank 0, gathered if it is sharded; None elsewhere.
+
+        All processes must call this method.
+        """
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if not self.is_fsdp_enabled:
             return model if self.is_world_process_zero() else None
@@ -255,29 +259,31 @@ class MemoryTrainer(Trainer):
         return whole.to(self.args.device)
 
     def _checkpoint_to_resume(self, given):
-        """The checkpoint that was asked for, or found: whole, and of as many processes."""
+        """Return the given or the last checkpoint, after checking it."""
         if not given:
             return None
         if given is True:
-            checkpoint, _ = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            checkpoint, _ = last_complete_checkpoint(Path(str(self.args.output_dir)))
             if checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to go on from")
+                raise ValueError(
+                    f"{self.args.output_dir} has no complete checkpoint to resume from"
+                )
         else:
             checkpoint = Path(given)
-            flaw = find_flaw(checkpoint, contents=False)
-            if flaw is not None:
+            reason = incomplete_reason(checkpoint, contents=False)
+            if reason is not None:
                 raise ValueError(
-                    f"{checkpoint} cannot be gone on from: {flaw}; give an earlier checkpoint"
+                    f"cannot resume from {checkpoint}: {reason}; pass an older checkpoint"
                 )
-        refuse_other_processes(checkpoint, self.args.world_size)
+        check_num_processes(checkpoint, self.args.world_size)
         return str(checkpoint)
 
     def _save_checkpoint(self, model, trial):
-        """As in transformers, but earlier checkpoints stay until this one is known to be whole."""
+        """Save a checkpoint; remove older ones only after it is complete."""
         folder = Path(self._get_output_dir(trial=trial))
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         first = self.is_world_process_zero()
-        if first and checkpoint.exists():  # what a run left that was stopped here
+        if first and checkpoint.exists():  # left by an interrupted run
             shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -287,19 +293,19 @@ class MemoryTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if first:
-            mark_whole(checkpoint, self.args.world_size)
-            remove_earlier(checkpoint, limit, self.state.best_model_checkpoint)
+            mark_complete(checkpoint, self.args.world_size)
+            remove_old_checkpoints(checkpoint, limit, self.state.best_model_checkpoint)
 
-    # The Trainer calls these two on every rank, the second where training goes on.
+    # The Trainer calls these two on every rank, the second when it resumes.
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        # Summed since the figures were last logged, for the mean that is logged next.
+        # The sum since the last log, for the next logged mean.
         save_file({"loss": self._tr_loss.cpu()}, self._loss_file(output_dir))
         if self._memory["training"]:
             empty = self._empty_memory()
-            held = [empty if memory is None else memory for memory in self._memory["training"]]
-            save_memory(held, self._memory_file(output_dir))
+            memories = [empty if memory is None else memory for memory in self._memory["training"]]
+            save_memory(memories, self._memory_file(output_dir))
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
@@ -324,8 +330,8 @@ class MemoryTrainer(Trainer):
         return Path(checkpoint) / f"memory_{self.args.process_index}.safetensors"
 
 
-class FiguresOnBar(ProgressCallback):
-    """The progress bar, with the figures beside it instead of lines between."""
+class MetricsProgressCallback(ProgressCallback):
+    """Progress bar that shows the metrics in the bar instead of printing lines."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in (logs or {}):
@@ -333,19 +339,21 @@ class FiguresOnBar(ProgressCallback):
             self.training_bar.set_postfix({"loss": loss, "tokens/s": speed})
 
 
-def labels_of(batch):
+def get_labels(batch):
     return next((batch[name] for name in LABELS if batch.get(name) is not None), None)
 
 
-def scored_targets(batch):
-    """The targets of a batch (B T, -100 where there is none) that the model scores, if any."""
-    targets = shifted(*(batch.get(name) for name in ("labels", "shift_labels")))
-    return None if targets is None else hide_blind(targets, batch.get("attention_mask"))
+def get_scored_targets(batch):
+    """Return the targets (B T, -100: ignored) that the model scores; None without labels."""
+    targets = shift_targets(batch.get("labels"), batch.get("shift_labels"))
+    if targets is None:
+        return None
+    return mask_targets_before_first_token(targets, batch.get("attention_mask"))
 
 
-def hide_unscored(batch):
-    """A batch whose labels are ignored where the model does not score them, for exact counts."""
-    targets = scored_targets(batch)
+def mask_unscored_labels(batch):
+    """Set labels that the model does not score to -100, for exact counts."""
+    targets = get_scored_targets(batch)
     if targets is None or batch.get("attention_mask") is None:
         return batch
     if batch.get("shift_labels") is not None:
@@ -362,14 +370,14 @@ def perplexity(loss, state):
     return math.exp(min(loss, 700.0))
 
 
-def refuse_torn_rows(trainer):
-    """Refuse whatever would give a row the memory of another, or train on what it does not say."""
+def check_arguments(trainer):
+    """Raise ValueError for arguments that would separate rows from their memory."""
     args = trainer.args
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process drives {args.n_gpu} GPUs (nn.DataParallel), which would tear rows from "
-            "their memories: start one process for each by "
-            f"torchrun --nproc-per-node={args.n_gpu}, or show it one GPU by CUDA_VISIBLE_DEVICES=0"
+            f"nn.DataParallel ({args.n_gpu} GPUs in one process) is not supported: it separates "
+            f"rows from their memory; use torchrun --nproc-per-node={args.n_gpu}, or set "
+            "CUDA_VISIBLE_DEVICES=0 to use one GPU"
         )
     wanted = {
         "train_sampling_strategy": "sequential",
@@ -380,31 +388,31 @@ def refuse_torn_rows(trainer):
     for name, value in wanted.items():
         if getattr(args, name) != value:
             raise ValueError(
-                f"{name} is {getattr(args, name)!r}: memories are carried along the rows of a data "
-                f"set that is read in order, step by step; give {name}={value!r}"
+                f"{name}={getattr(args, name)!r} is not supported: memory is carried between "
+                f"steps, so the data must be read in order; pass {name}={value!r}"
             )
     if trainer.compute_metrics is not None and args.prediction_loss_only:
         raise ValueError(
-            "prediction_loss_only is True and compute_metrics is given, which needs the logits: "
-            "pass prediction_loss_only=False, or no compute_metrics"
+            "compute_metrics needs logits, but prediction_loss_only is True: pass "
+            "prediction_loss_only=False, or no compute_metrics"
         )
     micro_batches = args.gradient_accumulation_steps
-    refuse_other_rows(trainer.train_dataset, args.train_batch_size, args.world_size, micro_batches)
-    refuse_other_rows(trainer.eval_dataset, args.eval_batch_size, args.world_size, 1)
+    check_num_rows(trainer.train_dataset, args.train_batch_size, args.world_size, micro_batches)
+    check_num_rows(trainer.eval_dataset, args.eval_batch_size, args.world_size, 1)
 
 
-def refuse_other_rows(dataset, size, devices, micro_batches):
-    """Refuse segments laid out for another number of rows than a step has."""
+def check_num_rows(dataset, size, devices, micro_batches):
+    """Raise ValueError if the segments have another number of rows than a step."""
     rows = size * devices * micro_batches
     if isinstance(dataset, Segments) and dataset.num_rows != rows:
         raise ValueError(
-            f"the data set has num_rows={dataset.num_rows}, but a step has {rows} ({size} in each "
-            f"of {micro_batches} micro-batches on each of {devices} devices): the two must be equal"
+            f"the data set has num_rows={dataset.num_rows}, but a step has {rows} rows ({size} x "
+            f"{micro_batches} micro-batches x {devices} devices): pass num_rows={rows} to Segments"
         )
 
 
 def save_memory(memory, path):
-    """Write the tensors of a memory, and its plain numbers beside them, into one file."""
+    """Save the tensors and numbers of a memory to one file."""
     leaves, _ = tree_flatten(memory)
     tensors = {str(i): x.cpu().contiguous() for i, x in enumerate(leaves) if torch.is_tensor(x)}
     numbers = {str(i): x for i, x in enumerate(leaves) if not torch.is_tensor(x)}
@@ -412,26 +420,30 @@ def save_memory(memory, path):
 
 
 def load_memory(empty, path, device):
-    """Read a memory back into the shape of an empty one, which it must fit."""
+    """Load a memory with the structure of an empty one, and check its shapes."""
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing: the checkpoint is damaged, or was written by another number of "
-            "processes; go on with as many, or from another checkpoint"
+            f"{path} is missing: the checkpoint is damaged or was written by another number of "
+            "processes; use the same number, or another checkpoint"
         )
     leaves, structure = tree_flatten(empty)
-    with safe_open(path, "pt") as file:  # which knows no cpu:0, as a process of several says
+    with safe_open(path, "pt") as file:  # does not accept the device cpu:0
         found = json.loads(file.metadata()["json"])
         found |= {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
     loaded = [found.get(str(i)) for i in range(len(leaves))]
-    fits = (has_room_for(*pair) for pair in zip(leaves, loaded, strict=True))
+    fits = (is_compatible_leaf(*pair) for pair in zip(leaves, loaded, strict=True))
     if len(found) != len(leaves) or not all(fits):
-        raise ValueError(f"the memory in {path} is that of another model or number of rows")
+        raise ValueError(
+            f"the memory in {path} belongs to another model or batch size: use the same as before"
+        )
     return tree_unflatten(loaded, structure)
 
 
-def has_room_for(empty, leaf):
-    """Whether a leaf of an empty memory may become this one: the slots of an open window, of which
-    the empty memory has 0, are added as its tokens are read."""
+def is_compatible_leaf(empty, leaf):
+    """Tell whether a leaf has the shape of the empty one, in which a size of 0 may grow.
+
+    These sizes are the slots of the current window, which are added as tokens are read.
+    """
     sizes, found = (tuple(x.shape) if torch.is_tensor(x) else None for x in (empty, leaf))
     if sizes is None or found is None:
         return sizes == found

@@ -1,10 +1,10 @@
-"""Perplexity of a model on whole documents, with its memory, with parts of it, and without.
+"""Compute perplexity on whole documents, with all, part or none of the memory.
 
     python training/evaluate.py runs/quickstart --data books_test.jsonl.gz --output results.json
     python training/evaluate.py runs/quickstart --settings carried emptied long_off queue_4
     python training/evaluate.py runs/quickstart --settings all
 
-Without --data it reads those sources of Python's standard library that are held out of training.
+Without --data the documents are the held-out modules of Python's standard library.
 """
 
 import argparse
@@ -28,38 +28,40 @@ from melodi_hf.evaluation.command_line import (
     positive_int,
     print_device,
 )
-from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
+from melodi_hf.evaluation.loading import load_matching_tokenizer, load_model
 from melodi_hf.evaluation.perplexity import (
     READERS,
     check_settings,
     evaluate_perplexity,
-    settings_of,
+    list_settings,
 )
 from melodi_hf.evaluation.tables import evaluation_table, memory_table, position_table
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Perplexity of a model on whole documents.")
-    parser.add_argument("model", help="a folder that training/train.py left, or a name on the Hub")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="documents, as in a recipe")
-    parser.add_argument("--tokenizer", help="if it is not in the model's folder")
-    parser.add_argument(
-        "--output", type=output_file, metavar="FILE", help="where to write the JSON"
+    parser = argparse.ArgumentParser(
+        description="Compute the perplexity of a model on whole documents."
     )
+    parser.add_argument("model", help="output folder of training/train.py, or a name on the Hub")
     parser.add_argument(
-        "--limit-documents", type=positive_int, metavar="N", help="only the first N"
+        "--data", nargs="+", metavar="FILE", help="documents: JSONL, parquet or text"
+    )
+    parser.add_argument("--tokenizer", help="default: from the model's folder")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--limit-documents", type=positive_int, metavar="N", help="use the first N documents"
     )
     parser.add_argument(
         "--settings",
         nargs="+",
         metavar="NAME",
         default=["carried", "emptied"],
-        help=f"{', '.join(READERS)}, queue_N (N windows are kept), or all that differ",
+        help=f"{', '.join(READERS)}, queue_N (keep N windows), or all",
     )
     parser.add_argument(
-        "--segment-windows", type=positive_int, default=8, help="windows in one forward"
+        "--segment-windows", type=positive_int, default=8, help="windows per forward"
     )
-    parser.add_argument("--num-rows", type=positive_int, default=8, help="documents side by side")
+    parser.add_argument("--num-rows", type=positive_int, default=8, help="batch size in documents")
     return parser.parse_args(arguments)
 
 
@@ -73,15 +75,15 @@ def source(options: argparse.Namespace) -> Source:
 def evaluate(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     print_device(model.device, model.dtype)
-    tokenizer = load_its_tokenizer(model, options.tokenizer or options.model)
-    settings = settings_of(model) if options.settings == ["all"] else options.settings
-    check_settings(settings, model)  # before the documents are prepared, which takes long
+    tokenizer = load_matching_tokenizer(model, options.tokenizer or options.model)
+    settings = list_settings(model) if options.settings == ["all"] else options.settings
+    check_settings(settings, model)  # before the slow preparation of documents
     documents = prepare_documents(source(options), tokenizer)
     print(describe(documents, "score"), end="\n\n")
     evaluation = evaluate_perplexity(
         model,
         documents,
-        start_id=tokenizer.eos_token_id,  # eos begins every document
+        start_id=tokenizer.eos_token_id,  # every document begins with eos
         settings=settings,
         segment_windows=options.segment_windows,
         num_rows=options.num_rows,

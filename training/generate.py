@@ -2,8 +2,8 @@
 
     python training/generate.py runs/quickstart --prompt-file book.txt --max-new-tokens 100
 
-The document is read in pieces through the memory; then the continuation is written to standard
-output as it comes, and what reading took to standard error.
+The prompt is read in pieces through the memory. The continuation is streamed to standard output;
+speeds are written to standard error.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from melodi_hf.evaluation.command_line import (
     seed_number,
 )
 from melodi_hf.evaluation.continuation import continue_text
-from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
+from melodi_hf.evaluation.loading import load_matching_tokenizer, load_model
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continue a document of any length.")
-    parser.add_argument("model", help="a folder that training/train.py left, or a name on the Hub")
+    parser.add_argument("model", help="output folder of training/train.py, or a name on the Hub")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="the text to continue (default: standard input)")
-    prompt.add_argument("--prompt-file", type=Path, help="a file of the text to continue")
+    prompt.add_argument("--prompt-file", type=Path, help="file with the text to continue")
     parser.add_argument("--max-new-tokens", type=positive_int, default=100)
     parser.add_argument("--sample", action="store_true", help="sample (default: greedy)")
     parser.add_argument("--temperature", type=positive_float, help="with --sample")
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=seed_number, default=0)
     options = parser.parse_args(arguments)
     if not options.sample and (options.temperature is not None or options.top_p is not None):
-        parser.error("--temperature and --top-p change how tokens are drawn: they need --sample")
+        parser.error("--temperature and --top-p apply to sampling only: add --sample")
     return options
 
 
@@ -61,7 +61,7 @@ def read_prompt(options: argparse.Namespace) -> str:
 
 
 def sampling(options: argparse.Namespace) -> dict[str, float | bool]:
-    """The arguments of generate() that say how tokens are chosen."""
+    """Return the sampling arguments of generate()."""
     given = {"temperature": options.temperature, "top_p": options.top_p}
     return {"do_sample": options.sample} | {k: v for k, v in given.items() if v is not None}
 
@@ -70,7 +70,7 @@ def generate(options: argparse.Namespace) -> None:
     text = read_prompt(options)
     model = load_model(options.model)
     print_device(model.device, model.dtype)
-    tokenizer = load_its_tokenizer(model, options.model)
+    tokenizer = load_matching_tokenizer(model, options.model)
     torch.manual_seed(options.seed)
     _, info = continue_text(
         model,
@@ -82,8 +82,8 @@ def generate(options: argparse.Namespace) -> None:
     )
     print(
         f"read {info['tokens_read']:,} tokens ({info['read_tokens_per_second']:,.0f} per second), "
-        f"held {info['memory_bytes']:,} bytes of them, "
-        f"wrote {info['tokens_generated']} tokens "
+        f"memory of {info['memory_bytes']:,} bytes, "
+        f"generated {info['tokens_generated']} tokens "
         f"({info['generated_tokens_per_second']:,.0f} per second)",
         file=sys.stderr,
     )

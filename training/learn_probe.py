@@ -1,11 +1,11 @@
-"""What each kind of memory can hold: small models learn a probe, and are asked at other distances.
+"""Train small models on a probe, to measure the capacity of each kind of memory.
 
     python training/learn_probe.py --output model_cards/probes/copy.json
 
-Each model of `MODELS` takes as many steps on the same examples, whose distances are drawn from
---train-distances; then each is asked at --distances, most of which it has never seen. A text holds
-nothing but the probe, so that what is right beyond the window came out of the memory. The plot
-shows the mean over the seeds and the lowest and highest of them; of one seed, 95 % intervals.
+All `MODELS` are trained for the same number of steps on the same examples, with distances drawn
+from --train-distances. They are tested at --distances, most of which are not in training. A text
+contains only the probe, so correct answers beyond the window come from the memory. The plot shows
+the mean and the range over seeds; for a single seed, 95 % intervals.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from melodi_hf.evaluation.command_line import (
     seed_number,
 )
 from melodi_hf.evaluation.probe_plots import plot_by_distance
-from melodi_hf.evaluation.probes import MAKERS, OF_TEXT, Material, make_examples
+from melodi_hf.evaluation.probes import MAKERS, TEXT_PROBES, Material, make_examples
 from melodi_hf.evaluation.probing import evaluate_probe
 
 WINDOW = 16  # tokens
@@ -79,8 +79,8 @@ WARMUP = 50  # steps
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Small models learn a probe.")
-    of_ids = sorted(MAKERS.keys() - set(OF_TEXT))
+    parser = argparse.ArgumentParser(description="Train small models on a probe.")
+    of_ids = sorted(MAKERS.keys() - set(TEXT_PROBES))
     parser.add_argument("--probe", choices=of_ids, default="copy")
     parser.add_argument(
         "--size", type=positive_int, default=8, metavar="N", help="symbols or pairs"
@@ -95,15 +95,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[0, 16, 32, 64, 96, 128, 192, 256, 384],
     )
     parser.add_argument(
-        "--examples", type=positive_int, default=48, metavar="N", help="of each distance"
+        "--examples", type=positive_int, default=48, metavar="N", help="examples per distance"
     )
     parser.add_argument("--steps", type=positive_int, default=300)
-    parser.add_argument("--num-rows", type=positive_int, default=32, help="examples in one step")
+    parser.add_argument("--num-rows", type=positive_int, default=32, help="examples per step")
     parser.add_argument("--learning-rate", type=positive_float, default=5e-3)
     parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0, 1])
-    parser.add_argument(
-        "--output", type=output_file, metavar="FILE", help="where to write the JSON"
-    )
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON file to write")
     return parser.parse_args(arguments)
 
 
@@ -117,7 +115,7 @@ def build(name: str, vocab_size: int, seed: int) -> PreTrainedModel:
 def learn(
     model: PreTrainedModel, options: argparse.Namespace, seed: int, label: str
 ) -> list[float]:
-    """Train the model in place; the loss of each step."""
+    """Train the model in place; return the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=0.01)
     total = options.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -140,14 +138,14 @@ def learn(
 
 
 def draw_batch(random: np.random.Generator, options: argparse.Namespace):
-    """Ids and targets (B T) of examples at one of the distances to train on."""
+    """Draw ids and targets (B T) at one of the training distances."""
     examples = make_examples(
         options.probe,
         int(random.choice(options.train_distances)),
         options.num_rows,
         Material(options.vocab_size),
         size=options.size,
-        seed=int(random.integers(1, 2**32)) << 32,  # never a seed of the evaluation
+        seed=int(random.integers(1, 2**32)) << 32,  # disjoint from the seeds of the evaluation
     )
     texts = [example.text for example in examples]
     ids, targets = (np.stack([text[field] for text in texts]) for field in (0, 1))
@@ -177,8 +175,8 @@ def run(name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     }
 
 
-def over_seeds(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean of each row, between the lowest and the highest; a single run as it is."""
+def average_over_seeds(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Average rows over seeds, with the lowest and highest; a single run is unchanged."""
     if len(runs) == 1:
         return runs[0]["rows"]
     merged = []
@@ -196,7 +194,7 @@ def compare(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         for name in options.models:
             results[name].append(run(name, options, seed))
-    lines = {name: over_seeds(runs) for name, runs in results.items()}
+    lines = {name: average_over_seeds(runs) for name, runs in results.items()}
     for name, rows in lines.items():
         print(f"{name:>16}", *(f"{row['distance']}: {row['accuracy']:.2f} " for row in rows))
     if options.output is not None:

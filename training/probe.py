@@ -1,15 +1,14 @@
-"""What a model remembers: probes of its memory, right answers by distance.
+"""Measure what a model remembers: accuracy of probes by distance.
 
     python training/probe.py runs/quickstart --probe passkey repeat --distances 1024 4096 \
         --output probes.json
     python training/probe.py runs/quickstart --files passkey.jsonl.gz --books books.jsonl.gz
     python training/probe.py runs/quickstart --queue --books books.jsonl.gz --output queue.json
 
-Probes are made of the documents given by --books, or of those sources of Python's standard library
-that are held out of training; recall and copy are made of ids alone. --queue prints instead where
-MELODI's long-term memory is looked up, a row for each head: columns of ages say how many times an
-even spread of attention the entries of that age (in windows) get; `queue_attention` defines the
-others. Plots are written beside the output.
+Probes are made from the documents of --books, or from the held-out modules of Python's standard
+library; recall and copy are made from ids only. --queue prints instead the attention of each head
+to MELODI's long-term memory by age (in windows), relative to uniform attention; `queue_attention`
+defines the other columns. Plots are written next to the output.
 """
 
 import argparse
@@ -37,10 +36,10 @@ from melodi_hf.evaluation.command_line import (
     require_packages,
     seed_number,
 )
-from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
+from melodi_hf.evaluation.loading import load_matching_tokenizer, load_model
 from melodi_hf.evaluation.probe_files import read_examples
 from melodi_hf.evaluation.probe_plots import plot_by_distance, plot_queue
-from melodi_hf.evaluation.probes import MAKERS, OF_TEXT, Example, Material, make_examples
+from melodi_hf.evaluation.probes import MAKERS, TEXT_PROBES, Example, Material, make_examples
 from melodi_hf.evaluation.probing import evaluate_probe
 from melodi_hf.evaluation.queue_attention import queue_attention
 from melodi_hf.evaluation.tables import markdown_table, queue_table
@@ -50,54 +49,56 @@ COLUMNS = ("distance", "examples", "accuracy", "low", "high", "chance", "control
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What a model remembers, by distance.")
-    parser.add_argument("model", help="a folder that training/train.py left, or a name on the Hub")
-    parser.add_argument("--probe", nargs="+", choices=MAKERS, default=list(OF_TEXT))
+    parser = argparse.ArgumentParser(description="Measure what a model remembers, by distance.")
+    parser.add_argument("model", help="output folder of training/train.py, or a name on the Hub")
+    parser.add_argument("--probe", nargs="+", choices=MAKERS, default=list(TEXT_PROBES))
     parser.add_argument("--distances", nargs="+", type=non_negative_int, metavar="TOKENS")
     parser.add_argument(
-        "--examples", type=positive_int, default=20, metavar="N", help="of each distance"
+        "--examples", type=positive_int, default=20, metavar="N", help="examples per distance"
     )
     parser.add_argument(
         "--size", type=positive_int, metavar="N", help="digits, tokens, pairs or symbols"
     )
-    parser.add_argument("--files", nargs="+", metavar="FILE", help="read probes from files instead")
-    parser.add_argument("--books", nargs="+", metavar="FILE", help="documents, as in a recipe")
-    parser.add_argument("--tokenizer", help="if it is not in the model's folder")
-    parser.add_argument("--queue", action="store_true", help="attention to the queue, no probes")
+    parser.add_argument("--files", nargs="+", metavar="FILE", help="read probes from these files")
+    parser.add_argument(
+        "--books", nargs="+", metavar="FILE", help="documents: JSONL, parquet or text"
+    )
+    parser.add_argument("--tokenizer", help="default: from the model's folder")
+    parser.add_argument(
+        "--queue", action="store_true", help="measure attention to the queue instead"
+    )
     parser.add_argument(
         "--read-tokens", type=positive_int, default=50_000, metavar="N", help="for --queue"
     )
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="JSON file to write")
     parser.add_argument(
-        "--output", type=output_file, metavar="FILE", help="where to write the JSON"
+        "--segment-windows", type=positive_int, default=8, help="windows per forward"
     )
-    parser.add_argument(
-        "--segment-windows", type=positive_int, default=8, help="windows in one forward"
-    )
-    parser.add_argument("--num-rows", type=positive_int, default=8, help="texts side by side")
+    parser.add_argument("--num-rows", type=positive_int, default=8, help="batch size in texts")
     parser.add_argument("--seed", type=seed_number, default=0)
     return parser.parse_args(arguments)
 
 
-def documents_of(options: argparse.Namespace) -> list[Document]:
+def load_documents(options: argparse.Namespace) -> list[Document]:
     files = options.books
     return list(read_documents(files=files) if files else standard_library_documents("test"))
 
 
-def ids_of_documents(tokenizer, documents: list[Document]) -> np.ndarray:
-    """One after the other, the longest first."""
+def encode_by_length(tokenizer, documents: list[Document]) -> np.ndarray:
+    """Encode and concatenate the documents, the longest first."""
     encoded = encode_documents(documents, tokenizer)
     return np.concatenate([d.ids for d in sorted(encoded, key=lambda d: -len(d.ids))])
 
 
-def make(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, list[Example]]:
-    """The examples of each probe that is asked for."""
+def make_probes(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, list[Example]]:
+    """Make the examples of each requested probe."""
     material = Material(model.config.vocab_size)
     documents: list[Document] = []
-    if options.books if options.files else set(options.probe) & set(OF_TEXT):
-        tokenizer = load_its_tokenizer(model, options.tokenizer or options.model)
-        documents = documents_of(options)
+    if options.books if options.files else set(options.probe) & set(TEXT_PROBES):
+        tokenizer = load_matching_tokenizer(model, options.tokenizer or options.model)
+        documents = load_documents(options)
         encode, start_id = batch_encoder(tokenizer), tokenizer.eos_token_id
-        ids = None if options.files else ids_of_documents(tokenizer, documents)
+        ids = None if options.files else encode_by_length(tokenizer, documents)
         material = Material(model.config.vocab_size, ids, start_id, encode)
     if options.files:
         books = {document.id: document.text for document in documents}
@@ -118,7 +119,7 @@ def make(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, list[
 def probe(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
     shape = {"segment_windows": options.segment_windows, "num_rows": options.num_rows}
     results = {}
-    for name, examples in make(options, model).items():
+    for name, examples in make_probes(options, model).items():
         rows = results[name] = evaluate_probe(model, examples, name=name, **shape)
         table = markdown_table(COLUMNS, [[row[column] for column in COLUMNS] for row in rows])
         print(f"\n{name}\n\n{table}\n", flush=True)
@@ -131,8 +132,8 @@ def probe(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]
 
 
 def queue(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
-    tokenizer = load_its_tokenizer(model, options.tokenizer or options.model)
-    ids = ids_of_documents(tokenizer, documents_of(options))[: options.read_tokens - 1]
+    tokenizer = load_matching_tokenizer(model, options.tokenizer or options.model)
+    ids = encode_by_length(tokenizer, load_documents(options))[: options.read_tokens - 1]
     ids = np.concatenate([[tokenizer.eos_token_id], ids])
     measured = queue_attention(model, ids, segment_windows=options.segment_windows)
     print(f"\n{queue_table(measured)}\n")

@@ -1,10 +1,9 @@
-"""Put a trained model on the Hub, after loading it back as its readers will.
+"""Upload a trained model to the Hub, after checking that it loads without this package.
 
     python training/publish.py runs/quickstart USER/melodi-quickstart --dry-run
 
-The weights, their code, the tokenizer and the card are gathered in a new folder. A process that
-cannot import this package loads it, and its logits must be those of the original: only then is
-anything uploaded.
+Weights, code, tokenizer and card are collected in a new folder. A process that cannot import this
+package loads the folder. The upload starts only if its logits equal those of the original.
 """
 
 import argparse
@@ -25,28 +24,34 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from record import RESULTS, of_record
+from record import RESULTS, without_local_details
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from melodi_hf.evaluation.cards import PLOT, write_card
 from melodi_hf.evaluation.command_line import FAILURES, one_line, print_device, read_object
-from melodi_hf.evaluation.loading import load_its_tokenizer, load_model
+from melodi_hf.evaluation.loading import load_matching_tokenizer, load_model
 
-TOLERANCE = 1e-6  # of a logit
+TOLERANCE = 1e-6  # absolute difference of a logit
 CARD = "README.md"
-REPLACED = ["*.py", "*.safetensors", "*.safetensors.index.json"]  # if an earlier upload left them
+REPLACED_FILES = [
+    "*.py",
+    "*.safetensors",
+    "*.safetensors.index.json",
+]  # of an earlier upload
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Put a trained model on the Hub.")
-    parser.add_argument("model", type=Path, help="a folder that training/train.py left")
-    parser.add_argument("repo_id", metavar="USER/NAME", help="its place on the Hub")
-    parser.add_argument("--private", action="store_true", help="a repository that only you see")
-    parser.add_argument("--dry-run", action="store_true", help="all but the upload")
-    parser.add_argument("--tokenizer", help="if it is not in the model's folder")
-    parser.add_argument("--license", default="apache-2.0", help="of the weights, for the card")
+    parser = argparse.ArgumentParser(description="Upload a trained model to the Hub.")
+    parser.add_argument("model", type=Path, help="output folder of training/train.py")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--dry-run", action="store_true", help="do everything except the upload")
+    parser.add_argument("--tokenizer", help="default: from the model's folder")
+    parser.add_argument(
+        "--license", default="apache-2.0", help="licence of the weights, for the card"
+    )
     return parser.parse_args(arguments)
 
 
@@ -56,10 +61,10 @@ def publish(options: argparse.Namespace) -> None:
     api = HfApi()
     if not options.dry_run:
         check_login(api)
-    disable_progress_bar()  # those of loading and saving; the others stay
+    disable_progress_bar()  # of loading and saving only
     model = load_model(str(options.model)).cpu()
     print_device(model.device, model.dtype)
-    tokenizer = load_its_tokenizer(model, options.tokenizer or str(options.model))
+    tokenizer = load_matching_tokenizer(model, options.tokenizer or str(options.model))
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
         gather(folder, model, tokenizer, options)
@@ -73,23 +78,23 @@ def publish(options: argparse.Namespace) -> None:
 
 
 def check_name(repo_id: str) -> None:
-    """Refuse a name that the Hub would refuse."""
+    """Check the name before the Hub does."""
     validate_repo_id(repo_id)
     if "/" not in repo_id:
-        raise ValueError(f"{repo_id} does not say whose model it is: give USER/{repo_id}")
+        raise ValueError(f"{repo_id} has no owner: write USER/{repo_id}")
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what cannot be a model, before anybody is asked who they are."""
+    """Check that the folder holds a model."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} is not the folder of a model, it has no config.json: "
-            "name one that training/train.py left"
+            "pass an output folder of training/train.py"
         )
 
 
 def check_login(api: HfApi) -> None:
-    """Refuse to begin what could not be uploaded in the end."""
+    """Check the login before the slow part."""
     try:
         api.whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError) as error:
@@ -97,8 +102,8 @@ def check_login(api: HfApi) -> None:
         if status != 401:
             raise
         raise ValueError(
-            "the Hub does not know who you are: log in by `hf auth login`, or set HF_TOKEN to a "
-            "token that may write"
+            "not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a token with write "
+            "access"
         ) from error
 
 
@@ -108,12 +113,12 @@ def gather(
     tokenizer: PreTrainedTokenizerBase,
     options: argparse.Namespace,
 ) -> None:
-    """Write all that will be uploaded, and nothing else that lay beside the model."""
+    """Write the files to upload into a new folder, and no other files of the run."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     original, results = options.model, None
     if (original / RESULTS).is_file():
-        results = of_record(read_object(original / RESULTS, "recipe", "continuation"))
+        results = without_local_details(read_object(original / RESULTS, "recipe", "continuation"))
         if (original / PLOT).is_file():
             shutil.copy(original / PLOT, folder)
     elif (original / CARD).is_file():
@@ -123,11 +128,13 @@ def gather(
 
 
 def read_without_package(folder: Path) -> torch.Tensor:
-    """The logits of the folder's model in a process that cannot import this package."""
-    print("loading it where melodi_hf cannot be imported")
+    """Compute the logits of the folder's model in a process without this package."""
+    print("loading the folder without melodi_hf")
     with tempfile.TemporaryDirectory() as work:
         logits = Path(work) / "logits.safetensors"
-        threads = str(torch.get_num_threads())  # as many as here: sums keep their order
+        threads = str(
+            torch.get_num_threads()
+        )  # same number as here, so that sums have the same order
         ours = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": work, "OMP_NUM_THREADS": threads}
         done = subprocess.run(
             [sys.executable, load_back.__file__, str(folder), str(logits)],
@@ -146,7 +153,7 @@ def read_without_package(folder: Path) -> torch.Tensor:
 
 
 def compare(original: torch.Tensor, loaded: torch.Tensor) -> None:
-    """Refuse a copy that says something else than its original."""
+    """Check that the copy gives the logits of the original."""
     difference = (original - loaded).abs().max().item()
     rows, length, vocabulary = original.shape
     compared = f"{rows} x {length} x {vocabulary} logits"
@@ -159,17 +166,17 @@ def compare(original: torch.Tensor, loaded: torch.Tensor) -> None:
 
 
 def upload(api: HfApi, folder: Path, repo_id: str, private: bool) -> None:
-    """Make the repository if it is not there, and put everything into it at once."""
+    """Create the repository if needed and upload all files in one commit."""
     url = api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private and not api.model_info(repo_id).private:
         raise ValueError(
-            f"{url} is there already and everybody can see it, nothing was uploaded: make it "
-            "private, or leave --private out"
+            f"{url} exists and is public, nothing was uploaded: make it private, or leave out "
+            "--private"
         )
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        delete_patterns=REPLACED,
+        delete_patterns=REPLACED_FILES,
         commit_message="Weights, code, tokenizer and card",
     )
     print(f"{url} holds the model")

@@ -1,8 +1,8 @@
-"""The folder of a run: what must be true of it before, and what is told of the run afterwards.
+"""Manage the folder of a run: checks before it starts, results and report at its end.
 
     python training/record.py runs/quickstart
 
-puts what is kept of a finished run where the tables of README and cards are made from.
+copies the results of a finished run to model_cards/, from which README and cards are generated.
 """
 
 import argparse
@@ -21,27 +21,27 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # on Windows, where folders cannot be held
+except ImportError:  # on Windows, where folders cannot be locked
     fcntl = None  # type: ignore[assignment]
 
 import torch
 from parts.recipe import Recipe, is_on_hub
 from transformers import AutoModelForCausalLM
 
-from melodi_hf.checkpoints import checkpoints, last_whole_checkpoint, refuse_other_processes
+from melodi_hf.checkpoints import check_num_processes, last_complete_checkpoint, list_checkpoints
 from melodi_hf.evaluation.command_line import (
     FAILURES,
     one_line,
     output_folder,
-    processor,
+    processor_name,
     read_object,
 )
 from melodi_hf.evaluation.tables import evaluation_table, position_table
 
 RECIPE, RESULTS = "recipe.json", "results.json"
-MAY_CHANGE = {"evaluation", "expect"}  # the sections that a resumed run may have otherwise
+CHANGEABLE_SECTIONS = {"evaluation", "expect"}  # sections that may differ in a resumed run
 SPARE_BYTES = 64 * 2**20  # tokenizer, plots and results
-OPTIMIZER_COPIES = {"adamw": 2, "adafactor": 1}  # of all parameters
+OPTIMIZER_COPIES = {"adamw": 2, "adafactor": 1}  # copies of all parameters
 
 
 def is_finished(output: Path) -> bool:
@@ -49,34 +49,34 @@ def is_finished(output: Path) -> bool:
 
 
 def check_output(output: Path, recipe: Recipe, resume: bool) -> None:
-    """Refuse a folder that cannot be written to, or that holds a run that would be lost."""
+    """Check that the folder is writable and contains no run that would be overwritten."""
     output_folder(str(output))
     output.mkdir(parents=True, exist_ok=True)
     if resume:
         check_same_recipe(output, recipe)
     elif is_finished(output):
         raise ValueError(
-            f"{output} holds a finished run, which is kept: choose another folder by --output DIR, "
-            "or remove this one"
+            f"{output} contains a finished run: choose another folder by --output DIR, "
+            "or delete this one"
         )
     elif any(output.glob("checkpoint-*")):
         raise ValueError(
-            f"{output} holds a run that was stopped: go on with it by --resume, "
+            f"{output} contains an interrupted run: add --resume, "
             "or choose another folder by --output DIR"
         )
 
 
 def check_same_recipe(output: Path, recipe: Recipe) -> None:
-    """Refuse to go on by another recipe than the one the run began with."""
+    """Check that a resumed run has the recipe that it was started with."""
     if not (output / RECIPE).is_file():
         return
     before = flatten(json.loads((output / RECIPE).read_text(encoding="utf-8")))
     now = flatten(json.loads(json.dumps(recipe.as_dict())))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key.split(".")[0] not in MAY_CHANGE:
+        if before.get(key) != now.get(key) and key.split(".")[0] not in CHANGEABLE_SECTIONS:
             raise ValueError(
-                f"{output} was begun with {key}={before.get(key)}, not {now.get(key)}: "
-                "resume it as it was, or choose another folder by --output DIR"
+                f"{output} was started with {key}={before.get(key)}, not {now.get(key)}: "
+                "resume with the same recipe, or choose another folder by --output DIR"
             )
 
 
@@ -85,61 +85,64 @@ def flatten(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def choose_checkpoint(output: Path) -> Path | None:
-    """Where to go on: the last whole checkpoint, or None, the beginning. Tells which, and why."""
+    """Return the last complete checkpoint, or None to start from scratch; print which, and why."""
     if is_finished(output):
         return None
-    checkpoint, flaws = last_whole_checkpoint(output)
+    checkpoint, reasons = last_complete_checkpoint(output)
     if checkpoint is not None:
-        refuse_other_processes(checkpoint, int(os.environ.get("WORLD_SIZE", "1")))
+        check_num_processes(checkpoint, int(os.environ.get("WORLD_SIZE", "1")))
     if is_first_process():
-        for passed_over, flaw in flaws.items():
-            print(f"{passed_over} is passed over: {flaw}")
-        where = checkpoint or f"the beginning: {output} holds no whole checkpoint"
-        print(f"going on from {where}")
+        for skipped, reason in reasons.items():
+            print(f"skipping {skipped}: {reason}")
+        where = checkpoint or f"the beginning: {output} has no complete checkpoint"
+        print(f"resuming from {where}")
     return checkpoint
 
 
-def hold(output: Path) -> ExitStack:
-    """Keep the folder from being written to by two runs at once, until what is returned is closed.
+def lock_output(output: Path) -> ExitStack:
+    """Lock the folder against a second run, until the returned stack is closed.
 
-    The system lets go of it when the process ends, however that happens. The processes of a
-    torchrun that is killed outlive it, which nobody would see.
+    The system releases the lock when the process ends. The worker processes of a killed torchrun
+    may survive it and still write to the folder.
     """
-    held = ExitStack()
+    lock = ExitStack()
     if fcntl is not None and is_first_process():
         folder = os.open(output, os.O_RDONLY)
-        held.callback(os.close, folder)
+        lock.callback(os.close, folder)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            held.close()
+            lock.close()
             raise ValueError(
-                f"{output} is being written to by another process, perhaps of a run that was "
-                "stopped only in part: end it, or choose another folder by --output DIR"
+                f"{output} is in use by another process, perhaps a worker of a killed run: end "
+                "that process, or choose another folder by --output DIR"
             ) from error
-    return held
+    return lock
 
 
 def remove_checkpoints(output: Path) -> None:
-    """Once the results are written, nothing goes on from them."""
+    """Remove all checkpoints, which a finished run does not need."""
     if not is_first_process():
         return
-    for checkpoint in checkpoints(output):
+    for checkpoint in list_checkpoints(output):
         shutil.rmtree(checkpoint)
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """Refuse to begin what the disk could not hold in the end."""
+    """Check that the disk has room for the checkpoints."""
     free = shutil.disk_usage(output).free
     if free < needed:
         raise ValueError(
-            f"{output} needs {needed:,} bytes for checkpoints, and its disk has {free:,} left: "
-            "free some, or choose a folder on another disk by --output DIR"
+            f"{output} needs {needed:,} bytes for checkpoints, but its disk has {free:,} free: "
+            "free some space, or choose a folder on another disk by --output DIR"
         )
 
 
 def needed_bytes(recipe: Recipe, vocab_size: int) -> int:
-    """The model, and two checkpoints: the next is written before the last one is removed."""
+    """Estimate the bytes of the model and two checkpoints.
+
+    A checkpoint is removed only after the next one is saved.
+    """
     config = recipe.model_config(
         **({} if "vocab_size" in recipe.model else {"vocab_size": vocab_size})
     )
@@ -153,7 +156,7 @@ def needed_bytes(recipe: Recipe, vocab_size: int) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """All of it or nothing: a run that is stopped here leaves the file as it was."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -161,7 +164,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers of a run may depend on besides its recipe."""
+    """Return versions, hardware and commit, on which results may depend besides the recipe."""
     packages = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
     return {
         "commit": commit(),
@@ -174,7 +177,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that the code stands at, with a mark if files were changed since."""
+    """Return the current commit, with a mark for uncommitted changes."""
     git = [
         "git",
         "-C",
@@ -193,11 +196,11 @@ def commit() -> str | None:
 def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{processor()}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
-def of_record(results: dict[str, Any]) -> dict[str, Any]:
-    """Results without the folders of one machine and without a passage of the documents."""
+def without_local_details(results: dict[str, Any]) -> dict[str, Any]:
+    """Remove local paths and quoted text from results."""
     recipe = json.loads(json.dumps(results["recipe"]))
     data, tokenizer = recipe["data"], recipe["tokenizer"]
     for key in ("files", "validation_files", "test_files"):
@@ -208,26 +211,26 @@ def of_record(results: dict[str, Any]) -> dict[str, Any]:
     return {**results, "recipe": recipe, "continuation": passage or None}
 
 
-def keep(run: Path, cards: Path) -> Path:
-    """Write a run's results of record, and its plot beside them."""
+def record_run(run: Path, cards: Path) -> Path:
+    """Copy the results and the plot of a run to model_cards/."""
     results = read_object(run / RESULTS, "name", "recipe", "evaluation", "continuation")
     name = results["name"]
-    figures = cards / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    shutil.copy(run / "perplexity_by_position.svg", figures / f"{name}_by_position.svg")
+    figure_folder = cards / "figures"
+    figure_folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run / "perplexity_by_position.svg", figure_folder / f"{name}_by_position.svg")
     (cards / "results").mkdir(exist_ok=True)
-    kept = cards / "results" / f"{name}.json"
-    write_json(kept, of_record(results))
-    return kept
+    path = cards / "results" / f"{name}.json"
+    write_json(path, without_local_details(results))
+    return path
 
 
 def is_first_process() -> bool:
-    """Of those that torchrun started, the one that writes files."""
+    """Tell whether this is the process of rank 0, which writes the files."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def peak_memory_gb() -> float | None:
-    """The most that was held at once: of the GPU, or of the process where there is none."""
+    """Return the peak memory of the GPU, or of the process without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     if os.name != "posix":
@@ -239,12 +242,12 @@ def peak_memory_gb() -> float | None:
 
 
 def report(recipe: Recipe, results: dict[str, Any], output: Path) -> None:
-    """What a reader wants to know first."""
+    """Print a summary of the run."""
     evaluation, passage = results["evaluation"], results["continuation"]
     print(f"\n{evaluation_table(evaluation)}\n\n{position_table(evaluation)}\n")
     if passage is not None:
-        print(f"After {passage['tokens_read']:,} tokens, which end in")
-        print(textwrap.indent(passage["read"], "  | "), "the model goes on", sep="\n")
+        print(f"After {passage['tokens_read']:,} tokens, ending in")
+        print(textwrap.indent(passage["read"], "  | "), "the model continues", sep="\n")
         print(textwrap.indent(passage["written"], "  > "), end="\n\n")
     found, expected = evaluation["settings"]["carried"]["perplexity_per_token"], recipe.expect
     print(f"{results['minutes']:.1f} minutes, test perplexity {found:.2f}", end="")
@@ -252,20 +255,20 @@ def report(recipe: Recipe, results: dict[str, Any], output: Path) -> None:
         reached = abs(found - expected.perplexity) <= expected.spread
         print(f", {'' if reached else 'NOT '}as expected", end="")
         print(f" ({expected.perplexity} ± {expected.spread})", end="")
-    print(f"\n{output} holds the model with its tokenizer and card, {RESULTS} and the plots")
+    print(f"\n{output} contains model, tokenizer, card, {RESULTS} and plots")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Keep the results of a finished run.")
-    parser.add_argument("run", type=Path, help="the folder that training/train.py left")
+    parser = argparse.ArgumentParser(description="Record the results of a finished run.")
+    parser.add_argument("run", type=Path, help="output folder of training/train.py")
     run = parser.parse_args(arguments).run
     try:
         if not is_finished(run):
             raise ValueError(
-                f"{run} holds no {RESULTS}: name the folder of a run of training/train.py that has "
-                "ended; one that was stopped goes on by --resume"
+                f"{run} has no {RESULTS}: pass the folder of a finished run of training/train.py; "
+                "resume an interrupted run by --resume"
             )
-        print(keep(run, Path(__file__).resolve().parents[1] / "model_cards"))
+        print(record_run(run, Path(__file__).resolve().parents[1] / "model_cards"))
     except FAILURES as error:
         sys.exit(f"record.py: {one_line(error)}")
 

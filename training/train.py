@@ -1,12 +1,12 @@
-"""Train a model as its recipe says, measure it, and leave a folder that the Hub understands.
+"""Train a model from a recipe, evaluate it, and save a folder for `from_pretrained`.
 
     python training/train.py configuration/quickstart.yaml
     python training/train.py configuration/quickstart.yaml --set training.seed=1 --output runs/1
     python training/train.py configuration/quickstart.yaml --set training.steps=5 --train-only
 
-The folder (runs/<recipe>, or --output) then holds the model with its tokenizer and card,
-`results.json` with all that was measured, and plots of it. With --train-only it holds the model and
-its last checkpoint; the same command with --resume instead of --train-only measures it.
+The folder (runs/<recipe>, or --output) contains model, tokenizer, card, `results.json` and plots.
+With --train-only it contains the model and the last checkpoint; the same command with --resume
+instead of --train-only evaluates it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import parts.threads  # noqa: F401  # before torch
 # isort: split
 
 import torch
-from parts.documents import check_documents, own_tokenizer, prepare
+from parts.documents import check_documents, prepare, train_own_tokenizer
 from parts.recipe import Recipe, check_files, load_recipe, run_name, without_expectation
 from record import (
     RECIPE,
@@ -33,9 +33,9 @@ from record import (
     check_output,
     choose_checkpoint,
     environment,
-    hold,
     is_finished,
     is_first_process,
+    lock_output,
     needed_bytes,
     peak_memory_gb,
     remove_checkpoints,
@@ -66,21 +66,25 @@ from melodi_hf.trainer import PAPER_ADAFACTOR, MemoryTrainer, paper_schedule
 if is_torch_xla_available():
     from melodi_hf import tpu
 
-QUOTED_TOKENS = 200  # of what was read, shown before its continuation
+QUOTED_TOKENS = 200  # of the prompt, quoted before the continuation
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train a model as its recipe says.")
-    parser.add_argument("recipe", help="such as configuration/quickstart.yaml, or table.yaml:row")
+    parser = argparse.ArgumentParser(description="Train and evaluate a model from a recipe.")
+    parser.add_argument("recipe", help="recipe.yaml, or table.yaml:row")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a key of the recipe",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/<recipe>")
     parser.add_argument(
         "--resume", action="store_true", help="resume from the last complete checkpoint"
     )
     parser.add_argument(
-        "--train-only", action="store_true", help="stop before the evaluation and the continuation"
+        "--train-only", action="store_true", help="skip the evaluation and the continuation"
     )
     return parser
 
@@ -102,12 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vocab_size = len(tokenizer) if tokenizer else recipe.tokenizer.vocab_size
         check_disk(output, needed_bytes(recipe, vocab_size))
         checkpoint = choose_checkpoint(output) if options.resume else None
-        held = hold(output)
+        lock = lock_output(output)
     except FAILURES as error:
         parser.error(one_line(error))
-    with held:
+    with lock:
         if is_finished(output):
-            print(f"{output / RESULTS} is there: the run is finished, nothing is left to resume")
+            print(f"{output / RESULTS} exists: the run is finished, nothing to resume")
             remove_checkpoints(output)
         else:
             print_device(device, recipe.training.precision)
@@ -122,18 +126,18 @@ def run(
     checkpoint: Path | None,
     train_only: bool = False,
 ) -> None:
-    """From documents, or the checkpoint of a run that was stopped, to a model with its card."""
+    """Train from scratch or from a checkpoint, evaluate, and write model and card."""
     start = time.perf_counter()
-    disable_progress_bar()  # those of saving; the others stay
+    disable_progress_bar()  # of saving only
     set_seed(recipe.training.seed)
 
-    try:  # documents and datasets are first read here
-        tokenizer = tokenizer or own_tokenizer(recipe)
+    try:  # documents and datasets are read here first
+        tokenizer = tokenizer or train_own_tokenizer(recipe)
         if is_first_process():
             write_json(output / RECIPE, recipe.as_dict())
             tokenizer.save_pretrained(output)
         train_data, validation_data, test_data = prepare(recipe, tokenizer)
-        check_documents(output, train_data, going_on=checkpoint is not None)
+        check_documents(output, train_data, is_resumed=checkpoint is not None)
     except FAILURES as error:
         sys.exit(f"train.py: {one_line(error)}")
 
@@ -151,12 +155,12 @@ def run(
     trainer = make_trainer(recipe, output, model, train_data, validation_data)
     trainer.train(resume_from_checkpoint=checkpoint)
     model = trainer.whole_model()
-    if model is None:  # the first process does the rest
+    if model is None:  # rank 0 does the rest
         return
-    model.eval()  # or the passage would be written with dropout
+    model.eval()  # no dropout in the continuation
     model.save_pretrained(output)
     if train_only:
-        print(f"{output} holds the model and its last checkpoint; --resume measures it")
+        print(f"{output} contains the model and its last checkpoint; --resume evaluates it")
         return
 
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -209,10 +213,10 @@ def make_trainer(
     data: Sequence[EncodedDocument],
     validation_data: Sequence[EncodedDocument] | None = None,
 ) -> MemoryTrainer:
-    """The Trainer on as many epochs of the documents as the steps need."""
+    """Make the Trainer, with as many epochs of the documents as the steps need."""
     asked, on_tpu = recipe.training, is_torch_xla_available()
     rows = asked.num_rows * (tpu.devices_per_process() if on_tpu else 1)
-    # The recipe says the precision; accelerate's file, whose word this is, could only contradict.
+    # The precision comes from the recipe, not from accelerate's configuration file.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -230,7 +234,7 @@ def make_trainer(
         bf16=asked.precision == "bfloat16",
         seed=asked.seed,
         logging_steps=asked.log_every,
-        logging_nan_inf_filter=False,  # a loss that is not a number stops the run
+        logging_nan_inf_filter=False,  # a NaN or infinite loss stops the run
         save_steps=asked.save_every,
         save_total_limit=1,
         eval_strategy="steps" if validation_data else "no",
@@ -239,12 +243,12 @@ def make_trainer(
         train_sampling_strategy="sequential",
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",  # but to the trackers below
-        # Said outright, or several processes on processors would not know of each other.
+        report_to="none",  # callbacks are added below
+        # Required for several processes on CPUs.
         use_cpu=not (torch.accelerator.is_available() or on_tpu),
-        **(tpu.arguments() if on_tpu else {}),
+        **(tpu.training_arguments() if on_tpu else {}),
     )
-    # Its name in transformers 5.23, and the one before.
+    # The name since transformers 5.23, and before.
     new, old = "activation_checkpointing", "gradient_checkpointing"
     setattr(arguments, new if hasattr(arguments, new) else old, asked.gradient_checkpointing)
     segments: dict[str, Any] = {
@@ -256,7 +260,7 @@ def make_trainer(
         "vocab_size": model.config.vocab_size,
     }
     epoch = Segments(data, **segments).num_steps
-    # One more than they should take, as the rows of an epoch end together only by chance.
+    # One more than needed, since the rows of an epoch have different lengths.
     train_dataset = Segments(data, **segments, num_epochs=math.ceil(asked.steps / epoch) + 1)
     segments |= {"num_rows": rows * arguments.world_size, "seed": None}  # to evaluate on
     return (tpu.TpuTrainer if on_tpu else MemoryTrainer)(
@@ -278,7 +282,7 @@ def paper_optimizer(recipe: Recipe) -> tuple[type, dict[str, Any]] | None:
 
 
 def paper_learning_rate(recipe: Recipe):
-    """The paper's schedule, scaled to the recipe's peak and warm-up, if the recipe asks for it."""
+    """Return the paper's schedule with the recipe's peak and warm-up, if the recipe asks for it."""
     if recipe.training.schedule != "paper":
         return None
     peak, warmup = recipe.training.learning_rate, recipe.training.warmup_steps
@@ -298,7 +302,7 @@ def history_entry(logged: dict[str, Any]) -> dict[str, Any]:
 def continuation(
     recipe: Recipe, model: PreTrainedModel, tokenizer: Any, test_data: Sequence[EncodedDocument]
 ) -> dict[str, Any] | None:
-    """Read test documents, the longest first, and go on where `read_tokens` of them end."""
+    """Read `read_tokens` of the test documents, the longest first, and generate a continuation."""
     asked = recipe.evaluation
     if not asked.read_tokens:
         return None
@@ -307,10 +311,10 @@ def continuation(
     ids = [x for document in longest_first for x in (start, *document.ids.tolist())]
     ids = ids[: asked.read_tokens]
     set_seed(recipe.training.seed)
-    new_ids, figures = read_and_continue(model, ids, asked.new_tokens, do_sample=True, top_p=0.9)
+    new_ids, metrics = read_and_continue(model, ids, asked.new_tokens, do_sample=True, top_p=0.9)
     quoted = tokenizer.decode(ids[-QUOTED_TOKENS:], skip_special_tokens=True)
     return {
-        **figures,
+        **metrics,
         "read": quoted,
         "written": tokenizer.decode(new_ids, skip_special_tokens=True),
     }

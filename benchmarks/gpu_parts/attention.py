@@ -1,32 +1,31 @@
-"""The attention of one cell with a trained T5 bias and a strict mask, in several ways.
+"""Compare implementations of attention with a trained T5 bias and a strict causal mask.
 
-    as it is          what `melodi_hf.models.attention.attend` does on this device: torch's fused
+    as it is          what `melodi_hf.models.modules.attend` does on this device: torch's fused
                       attention with the bias as a mask of numbers that wants a gradient
     written out       softmax(q k + b) v, compiled
     flex, bucket      FlexAttention whose score_mod looks the bucket of each pair up in the table
     flex, distance    FlexAttention whose score_mod looks up a number per distance; the table is
                       laid out by distance before, and its gradient is summed there afterwards
 
-Times are those of the device: on CUDA the calls are captured in a graph. Errors are the largest
-differences from float64, beside its largest number; gradients are those of the table and of q.
-Nothing of this is used by the library: it says what would be worth using.
+Times are device times: on CUDA the calls are captured in a graph. Errors are the largest
+differences from float64, relative to its largest number, for the output and the gradients of the
+table and of q. The library does not use these variants; the results show which would be faster.
 """
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from melodi_hf.models.attention import HIDDEN, attend
-from melodi_hf.models.position import distance_bucket, spread_by_distance
+from melodi_hf.models.modules import MASK_VALUE, attend, distance_bucket, spread_by_distance
 
-from .bench import captured, noted
+from .bench import capture_graph, record_error
 
-BUCKETS, FURTHEST = 32, 128  # of the T5 bias, as the configuration has them
-REPEATED = 10  # calls of a graph
+BUCKETS, MAX_DISTANCE = 32, 128  # of the T5 bias, as in the configuration
+REPEATED = 10  # calls per graph
 
 
-class Cell:
-    """Queries that are the last of the keys, and a table: H buckets."""
+class AttentionInputs:
+    """Queries at the last positions of the keys, and a bias table (H buckets)."""
 
     def __init__(self, bench, shape, dtype):
         rows, heads, self.queries, self.keys, channels = self.shape = shape
@@ -44,19 +43,19 @@ class Cell:
         self.table = torch.randn(heads, BUCKETS, device=bench.device, requires_grad=True)
         self.q, self.k, self.v = (t.to(dtype).requires_grad_() for t in (q, k, v))
         self.gradient = torch.randn_like(q).to(dtype)
-        # Of every pair, from the furthest down; then those of a pair (i, j): L, T J
+        # Distances, from the largest: L; distance of each pair (i, j): T J
         total = self.queries + self.keys - 1
         self.distances = self.keys - 1 - torch.arange(total, device=bench.device)
         self.bucket = distance_bucket(
-            torch.arange(self.keys, device=bench.device), BUCKETS, FURTHEST
+            torch.arange(self.keys, device=bench.device), BUCKETS, MAX_DISTANCE
         )
 
     def inputs(self):
         return self.table, self.q, self.k, self.v
 
     def exact(self):
-        """The same cell in float64."""
-        twin = object.__new__(Cell)
+        """Return the same inputs in float64."""
+        twin = object.__new__(AttentionInputs)
         vars(twin).update(vars(self))
         for name in ("table", "q", "k", "v"):
             tensor = getattr(self, name).detach().double().requires_grad_()
@@ -65,9 +64,9 @@ class Cell:
         return twin
 
     def bias(self, table):
-        """H T J, what is not strictly before hidden."""
-        by_distance = table[:, distance_bucket(self.distances, BUCKETS, FURTHEST)]
-        by_distance = by_distance.masked_fill(self.distances <= 0, HIDDEN)
+        """Return the bias (H T J), masked except for previous positions."""
+        by_distance = table[:, distance_bucket(self.distances, BUCKETS, MAX_DISTANCE)]
+        by_distance = by_distance.masked_fill(self.distances <= 0, MASK_VALUE)
         return spread_by_distance(by_distance, self.queries, self.keys)
 
     def block_mask(self):
@@ -80,7 +79,7 @@ class Cell:
         return create_block_mask(strictly_before, None, None, self.queries, self.keys, device)
 
 
-def as_it_is(cell):
+def library_attention(cell):
     def attended(table, q, k, v):
         return attend(q, k, v, cell.bias(table), in_order=True)
 
@@ -123,8 +122,8 @@ def flex_distance(cell):
     return attended
 
 
-WAYS = {
-    "as it is": (as_it_is, False),
+VARIANTS = {
+    "as it is": (library_attention, False),
     "written out": (written_out, True),
     "flex, distance": (flex_distance, True),
     "flex, bucket": (flex_bucket, True),
@@ -132,23 +131,23 @@ WAYS = {
 
 
 def attention(bench, found):
-    """Every way at every shape, as long as there is time."""
+    """Measure every variant at every shape, as long as time permits."""
     rows = found["rows"] = []
     dtype = torch.bfloat16 if bench.is_cuda else torch.float32
     for shape in bench.sizes.cells:
-        cell = Cell(bench, shape, dtype)
+        cell = AttentionInputs(bench, shape, dtype)
         twin = cell.exact()
         exact = outputs_and_gradients(written_out(twin), twin)
         del twin
-        for name, (way, compiles) in WAYS.items():
+        for name, (way, compiles) in VARIANTS.items():
             if name == "flex, bucket" and shape != bench.sizes.cells[0]:
-                continue  # compiling takes long, and one shape tells which of the two is better
+                continue  # compilation is slow, and one shape is enough to compare the two
             row = {"shape": "B{} H{} T{} J{} K{}".format(*shape), "way": name}
             rows.append(row)
-            with noted(row):
+            with record_error(row):
                 measure(bench, cell, way(cell), compiles, exact, row)
         if shape == bench.sizes.cells[0]:
-            with noted(found):
+            with record_error(found):
                 found["backends of torch's own, ms"] = backends(bench, cell)
     found["fastest forward and backward"] = fastest(rows)
 
@@ -158,7 +157,7 @@ def measure(bench, cell, attended, compiles, exact, row):
     if compiles and bench.is_cuda:
         torch.compiler.reset()
         attended = torch.compile(attended, fullgraph=True, dynamic=False)
-    if is_flex and not bench.is_cuda:  # there, and uncompiled, it has no backward
+    if is_flex and not bench.is_cuda:  # without CUDA and compilation it has no backward
         with torch.no_grad():
             output = attended(*(tensor.detach() for tensor in cell.inputs()))
         row["error of output"] = relative(output, exact[0])
@@ -176,7 +175,7 @@ def measure(bench, cell, attended, compiles, exact, row):
 
 
 def outputs_and_gradients(attended, cell):
-    """What is attended to, the gradient of the table, and that of the queries."""
+    """Return the output and the gradients of table and queries."""
     output = attended(*cell.inputs())
     table, q, *_ = torch.autograd.grad(output, cell.inputs(), cell.gradient)
     return output.detach(), table, q
@@ -187,7 +186,7 @@ def relative(tensor, exact):
 
 
 def device_seconds(bench, work):
-    """Of one call, without what the host needs to launch it."""
+    """Return the device seconds of one call, without launch overhead."""
     if not bench.is_cuda:
         return bench.median_seconds(work)
 
@@ -195,11 +194,11 @@ def device_seconds(bench, work):
         for _ in range(REPEATED):
             work()
 
-    return bench.median_seconds(captured(repeated)) / REPEATED
+    return bench.median_seconds(capture_graph(repeated)) / REPEATED
 
 
 def peak(bench, work):
-    """More than what was held before, in GiB."""
+    """Return the peak memory above the current one, in GiB."""
     bench.free()
     if not bench.is_cuda:
         return None
@@ -209,8 +208,10 @@ def peak(bench, work):
 
 
 def backends(bench, cell):
-    """Milliseconds forward of each backend of torch's fused attention, or why it refuses: with a
-    bias that wants a gradient, and with one that does not and has four axes."""
+    """Measure the forward of each backend of torch's fused attention, or record its error.
+
+    Once with a bias that requires a gradient, and once with one of four axes without gradient.
+    """
     if not bench.is_cuda:
         return "no CUDA"
     found = {}
@@ -224,7 +225,7 @@ def backends(bench, cell):
             return torch.nn.functional.scaled_dot_product_attention(*args, scale=1.0)
 
         found["with gradient" if wants_gradient else "without"] = {
-            backend.name: how_fast(bench, backend, attended)
+            backend.name: backend_seconds(bench, backend, attended)
             for backend in (
                 SDPBackend.CUDNN_ATTENTION,
                 SDPBackend.EFFICIENT_ATTENTION,
@@ -235,7 +236,7 @@ def backends(bench, cell):
     return found
 
 
-def how_fast(bench, backend, attended):
+def backend_seconds(bench, backend, attended):
     try:
         with sdpa_kernel([backend]):
             return 1e3 * bench.median_seconds(attended)
@@ -244,13 +245,13 @@ def how_fast(bench, backend, attended):
 
 
 def fastest(rows):
-    """Shape by shape."""
+    """Return the fastest variant for each shape."""
     best = {}
     for row in rows:
-        so_far = best.setdefault(row["shape"], row)
-        best[row["shape"]] = min(so_far, row, key=both_ms)
+        fastest_row = best.setdefault(row["shape"], row)
+        best[row["shape"]] = min(fastest_row, row, key=forward_backward_ms)
     return {shape: row["way"] for shape, row in best.items()}
 
 
-def both_ms(row):
+def forward_backward_ms(row):
     return row.get("forward and backward, ms", float("inf"))

@@ -1,4 +1,4 @@
-"""What the parts of the suite share: sizes, the device with its clock, time that is left, goals."""
+"""Shared by the parts of the suite: sizes, device, timing, time limits and targets."""
 
 import gc
 import signal
@@ -12,26 +12,25 @@ import torch
 from melodi_hf import MelodiConfig, MelodiForCausalLM
 
 GIB = 1 << 30
-ROUNDS = 7  # of a measured rate, whose median is taken
+ROUNDS = 7  # measurements per rate; the median is used
 
 
 class Sizes(NamedTuple):
-    """How large everything is."""
+    """Sizes of models and measurements."""
 
     config: dict
     segment: int  # tokens
     batches: tuple[int, ...]  # of training
-    small_batches: tuple[int, ...]  # of training, where the schedule matters
-    steps: int  # timed, of training
+    steps: int  # timed training steps
     matmul_size: int
     matmul_dtype: torch.dtype
     copied_bytes: int
     document: int  # tokens
     pieces: tuple[int, ...]  # tokens of a call, whole windows
-    decoded: int  # tokens, amid which a window is closed
+    decoded: int  # tokens, during which a window is completed
     decoded_after: tuple[int, ...]  # tokens read
     decoded_batches: tuple[int, ...]
-    documents: tuple[int, int]  # tokens before which latencies are compared
+    documents: tuple[int, int]  # tokens read before latencies are compared
     compile_backend: str
     cells: tuple[tuple[int, ...], ...]  # of attention: rows, heads, queries, keys, channels
     peers: str  # size of the peers' models
@@ -42,7 +41,6 @@ FULL = Sizes(
     config={},  # the defaults: 12 layers of 1024 channels
     segment=4096,
     batches=(8, 16, 32),
-    small_batches=(1, 2, 4, 8),
     steps=3,
     matmul_size=8192,
     matmul_dtype=torch.bfloat16,
@@ -75,7 +73,6 @@ TINY = Sizes(
     },
     segment=32,
     batches=(1, 2),
-    small_batches=(1, 2),
     steps=2,
     matmul_size=128,
     matmul_dtype=torch.float32,
@@ -94,11 +91,11 @@ TINY = Sizes(
 
 
 class OutOfTime(BaseException):
-    """No `Exception`: what catches those must not catch this."""
+    """Not an `Exception`, so that `except Exception` does not catch it."""
 
 
 class Bench:
-    """The device, the sizes, the results so far, and the time that is left."""
+    """The device, the sizes, the results so far, and the remaining time."""
 
     def __init__(self, sizes, seconds):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,11 +104,11 @@ class Bench:
         self.end = self.part_end = time.perf_counter() + seconds
 
     def left(self):
-        """Seconds that the running part still has."""
+        """Return the seconds left for the current part."""
         return self.part_end - time.perf_counter()
 
     def now(self):
-        """The time, once the device has done what it was given."""
+        """Synchronize and return the time."""
         if self.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -122,40 +119,40 @@ class Bench:
         return self.now() - start
 
     def median_seconds(self, work, rounds=ROUNDS):
-        """After two rounds to warm up."""
+        """Return the median seconds after two warm-up rounds."""
         for _ in range(2):
             work()
         return statistics.median(self.seconds(work) for _ in range(rounds))
 
     def free(self):
-        """Give back what nothing holds any more, and forget the peak."""
+        """Free cached memory and reset the peak."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def peak_gib(self):
-        """The most memory that tensors held since `free`; None on a CPU."""
+        """Return the peak memory of tensors since `free`; None on a CPU."""
         return torch.cuda.max_memory_allocated() / GIB if self.is_cuda else None
 
     def rate(self, name):
-        """Of what the device reached in the part `rates`, per second; None if it was not run."""
+        """Return a rate per second measured by the part `rates`; None if it was not run."""
         rate = self.results.get("rates", {}).get(name)
         return None if rate is None else rate * (1e12 if name.startswith("matmul") else 1e9)
 
     def share(self, amount, seconds, name):
-        """Of a rate, that `amount` in `seconds` is; None if the rate is not known."""
+        """Return `amount` / `seconds` relative to a rate; None if the rate is unknown."""
         rate = self.rate(name)
         return None if rate is None else amount / seconds / rate
 
     def config(self, **changes):
-        """Without dropout, unless told otherwise."""
+        """Make a configuration, without dropout by default."""
         return MelodiConfig(
             **{"dropout": 0.0, "attention_dropout": 0.0} | self.sizes.config | changes
         )
 
     def model(self, **changes):
-        """The same random model at each call, on the device."""
+        """Make the same random model at each call, on the device."""
         torch.manual_seed(0)
         with self.device:
             return MelodiForCausalLM(self.config(**changes))
@@ -165,7 +162,7 @@ class Bench:
 
     @contextmanager
     def limited_to(self, seconds):
-        """Stop what is inside with `OutOfTime`."""
+        """Raise `OutOfTime` inside after some seconds."""
 
         def stop(*_):
             raise OutOfTime
@@ -180,40 +177,39 @@ class Bench:
             signal.signal(signal.SIGALRM, previous)
 
 
-def captured(work):
-    """`work` as a CUDA graph -> what replays it.
+def capture_graph(work):
+    """Capture `work` as a CUDA graph and return the function that replays it.
 
-    It reads and writes the tensors that it found: whoever holds the graph must hold them, too.
+    The graph uses the tensors of the capture: the caller must keep them alive.
     """
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):  # libraries choose kernels and take workspaces here
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries choose kernels and allocate workspaces here
         for _ in range(3):
             work()
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
     return graph.replay
 
 
-def beside_goal(value, goal, at_most=False):
-    """A figure, what it should be at least (or at most), and whether it is; None where it was not
-    measured."""
+def with_goal(value, goal, at_most=False):
+    """Return a value, its target (minimum, or maximum if `at_most`), and whether it is reached."""
     reached = None if value is None else value <= goal if at_most else value >= goal
     return {"reached": reached, "value": value, "goal": goal}
 
 
-def one_line(error):
-    """What an error says first."""
+def first_line(error):
+    """Return the first line of an error."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 @contextmanager
-def noted(row):
-    """An error inside is written into the row, and what follows goes on."""
+def record_error(row):
+    """Record an exception in the row and continue."""
     try:
         yield
     except Exception as error:
-        row["failed"] = one_line(error)
+        row["failed"] = first_line(error)

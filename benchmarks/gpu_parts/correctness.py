@@ -1,9 +1,8 @@
-"""Whether the device computes what the CPU does, and every way of reading the same.
+"""Check results on the device: golden files, precision, schedules and padding.
 
 environment   what it ran on
 parity        the golden tensors in float32 without TF32
 precision     bfloat16 against float32, the same weights and tokens, one segment
-schedules     the wavefront against layer by layer, in float32: logits and gradients
 ragged        rows padded on the left against each row alone, in float32; then what they cost
               against equal rows with as many tokens
 """
@@ -22,19 +21,19 @@ from benchmarks import ragged as ragged_batches
 from melodi_hf import from_meliad
 from tests import parity_report
 
-from .bench import GIB, beside_goal
+from .bench import GIB, with_goal
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(bench, found):
-    """What it ran on."""
+    """Record device and versions."""
     found |= {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": answer_of("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "commit": command_output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "device": platform.machine(),
         "model": bench.sizes.config or "defaults of MelodiConfig",
     }
@@ -46,12 +45,12 @@ def environment(bench, found):
             "memory GiB": device.total_memory / GIB,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "driver": answer_of("nvidia-smi", *query),
+            "driver": command_output("nvidia-smi", *query),
         }
 
 
-def answer_of(*command):
-    """The first line that a command prints; None if it cannot be run."""
+def command_output(*command):
+    """Return the first line of a command's output; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -60,7 +59,7 @@ def answer_of(*command):
 
 
 def parity(bench, found):
-    """The worst difference per kind of tensor, of all golden files and file by file."""
+    """Record the largest difference by kind of tensor, overall and by golden file."""
     worst, by_file = {}, {}
     found |= {"worst": worst, "files": by_file}
     for path in parity_report.golden_files():
@@ -71,11 +70,11 @@ def parity(bench, found):
             kinds[kind] = max(kinds.get(kind, 0.0), difference)
             worst[kind] = max(worst.get(kind, 0.0), difference)
     goal = 1e-4 if bench.is_cuda else 1e-5
-    found["largest difference"] = beside_goal(max(worst.values()), goal, at_most=True)
+    found["largest difference"] = with_goal(max(worst.values()), goal, at_most=True)
 
 
 def precision(bench, found):
-    """How far bfloat16 is from float32: under autocast, as in training, and with its weights."""
+    """Compare bfloat16 with float32: under autocast, as in training, and with bfloat16 weights."""
     model = bench.model().eval()
     ids = bench.ids(1, bench.sizes.segment)
     exact = logits_loss_gradients(model, ids)
@@ -96,7 +95,7 @@ def logits_loss_gradients(model, ids):
 
 
 def deviation(exact, rounded):
-    """Both as `logits_loss_gradients` returns them."""
+    """Compare two results of `logits_loss_gradients`."""
     difference, scale = rounded[0] - exact[0], exact[0].std()
     cosines = {
         name: torch.cosine_similarity(rounded[2][name].flatten(), gradient.flatten(), dim=0).item()
@@ -116,22 +115,7 @@ def deviation(exact, rounded):
     }
 
 
-def schedules(bench, found):
-    """The same model and tokens under both schedules, two rows of a segment."""
-    model, ids = bench.model().eval(), bench.ids(2, bench.sizes.segment)
-    results = {}
-    for schedule in ("layers", "wavefront"):
-        model.config.schedule = schedule
-        results[schedule] = logits_loss_gradients(model, ids)
-    exact, other = results["layers"], results["wavefront"]
-    found["logits"] = farthest({"logits": exact[0]}, {"logits": other[0]})
-    found["gradients"] = farthest(exact[2], other[2])
-    found["difference of loss"] = other[1] - exact[1]
-    worst = max(found[name]["relative"] for name in ("logits", "gradients"))
-    found["largest difference"] = beside_goal(worst, 1e-4, at_most=True)
-
-
-def farthest(exact, other):
+def largest_difference(exact, other):
     """Of tensors by name, the largest difference, and that beside the largest number of its own
     tensor."""
     pairs = {name: ((other[name] - x).abs().max(), x.abs().max()) for name, x in exact.items()}
@@ -142,11 +126,11 @@ def farthest(exact, other):
 
 
 def ragged(bench, found):
-    """What a padded batch gives and costs."""
+    """Check and time a batch with padding."""
     window = bench.config().window_length
-    gap = ragged_agrees(bench, [round(n * window) for n in (0.6, 1.2, 2.1, 3.0)])
+    gap = ragged_difference(bench, [round(n * window) for n in (0.6, 1.2, 2.1, 3.0)])
     found["difference from rows alone"] = gap
-    found["largest difference"] = beside_goal(gap["relative"], 1e-4, at_most=True)
+    found["largest difference"] = with_goal(gap["relative"], 1e-4, at_most=True)
     model = bench.model().to(torch.bfloat16).eval()
     found["rows"] = []
     for described in ("evenly spread", "one is long"):
@@ -155,23 +139,25 @@ def ragged(bench, found):
 
 
 @torch.no_grad()
-def ragged_agrees(bench, lengths):
-    """How far the last logits of rows padded on the left lie from those of each row alone."""
+def ragged_difference(bench, lengths):
+    """Compare the last logits of left-padded rows with those of each row alone."""
     model = bench.model().eval()
     vocab_size = model.config.vocab_size
     ids, mask = (t.to(bench.device) for t in ragged_batches.batch(lengths, vocab_size, "left"))
-    together = model(ids, attention_mask=mask, logits_to_keep=1).logits[:, -1]
+    batched = model(ids, attention_mask=mask, logits_to_keep=1).logits[:, -1]
     pairs = zip(ids, lengths, strict=True)
     alone = [model(row[-n:][None], logits_to_keep=1).logits[0, -1] for row, n in pairs]
-    return farthest({"logits": torch.stack(alone)}, {"logits": together})
+    return largest_difference({"logits": torch.stack(alone)}, {"logits": batched})
 
 
 def ratios(bench, model, lengths):
-    """Times the seconds of equal rows with as many tokens, the median of rounds, work by work."""
+    """Return the median time relative to equal rows with the same number of tokens."""
     tokens, each = sum(lengths), []
     for batch in ([tokens // len(lengths)] * len(lengths), lengths):
         ids, mask = ragged_batches.batch(batch, model.config.vocab_size, "left")
-        each.append(ragged_batches.works(model, ids.to(bench.device), mask.to(bench.device)))
+        each.append(
+            ragged_batches.make_workloads(model, ids.to(bench.device), mask.to(bench.device))
+        )
     found = {}
     for name in each[0]:
         equal, uneven = each[0][name], each[1][name]

@@ -1,7 +1,7 @@
-"""Reading a long document of one row: bfloat16 weights, a cache, the last logits only.
+"""Measure reading of one long document: bfloat16 weights, a cache, the last logits only.
 
-prefill   in pieces of several lengths, layer by layer, as a wavefront, and layer by layer as a
-          CUDA graph that is captured for one piece and replayed for each
+prefill   in pieces of several lengths, eagerly and as a CUDA graph that is captured for one piece
+          and replayed for each
 peers     MELODI beside a Llama and a sliding window of its size (`benchmarks/peers.py`); the
           recurrent ones at the shortest length alone, if time is left: without their own
           kernels they are slow
@@ -16,68 +16,69 @@ from benchmarks import peers as peers_script
 from benchmarks import speed
 from benchmarks.parts.floor import Machine
 from melodi_hf import MelodiCache
-from melodi_hf.models.costs import forward_flops
+from melodi_hf.models.cache import shared_state
 
-from .bench import beside_goal, captured, noted, one_line
+from .bench import capture_graph, first_line, record_error
 
-SCHEDULES = ("layers", "wavefront", "layers, CUDA graph", "wavefront, CUDA graph")
-FASTER = 3.0  # times, a wavefront than layer by layer
+WAYS = ("eager", "CUDA graph")  # of prefill
 NAMES = ("MELODI", "Llama", "sliding window")
 SLOW = ("RecurrentGemma", "Mamba2")
-TURNS, DECODED = 4, 32  # of the peers
+PEER_TURNS, DECODED = 4, 32  # of the other models
 
 
 def read(model, cache, ids, piece):
-    """The logits of the last token."""
+    """Read ids in pieces and return the logits of the last token."""
     for part in ids.split(piece, dim=1):
         logits = model(part, cache=cache, logits_to_keep=1).logits
     return logits
 
 
 class ReplayedPiece:
-    """A piece of whole windows, read from a memory in place: each run goes on with the document.
+    """A captured call on complete windows that updates the memory in place.
 
-    The memory stays in the tensors that the first piece left it in, which a graph needs.
+    The memory stays in the tensors of the first call, as a CUDA graph requires.
     """
 
     def __init__(self, model, tokens):
         self.model, self.cache = model, MelodiCache(model.config)
         self.ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
         read(model, self.cache, self.ids, tokens)
-        self.held = [dict(vars(layer)) for layer in self.cache.layers]
+        self.memories = [layer.memory for layer in self.cache.layers]
+        self.shared = dict(vars(shared_state(self.cache)))  # by all layers
 
     def run(self):
-        """Read what `ids` holds."""
-        for layer, held in zip(self.cache.layers, self.held, strict=True):
-            vars(layer).update(held)
+        """Read the next piece from `ids`."""
+        for layer, memory in zip(self.cache.layers, self.memories, strict=True):
+            layer.memory = memory
+        state = shared_state(self.cache)
+        vars(state).update(self.shared)
         self.logits = read(self.model, self.cache, self.ids, self.ids.shape[1])
-        for layer, held in zip(self.cache.layers, self.held, strict=True):
-            for old, new in zip(held["memory"], layer.memory, strict=True):
+        for layer, memory in zip(self.cache.layers, self.memories, strict=True):
+            for old, new in zip(memory, layer.memory, strict=True):
                 if new is not old:
                     old.copy_(new)
-        held["progress"].tokens_read.copy_(layer.progress.tokens_read)  # all layers hold one
+        self.shared["progress"].tokens_read.copy_(state.progress.tokens_read)
 
-    def begin(self):
-        """Empty the memory, in place."""
-        for held in self.held:
-            for tensor in (*held["memory"], held["progress"].tokens_read):
-                tensor.zero_()
+    def reset(self):
+        """Reset the memory in place."""
+        tensors = [tensor for memory in self.memories for tensor in memory]
+        for tensor in (*tensors, self.shared["progress"].tokens_read):
+            tensor.zero_()
 
 
 @torch.inference_mode()
 def prefill(bench, found):
-    """Every length of a piece under every schedule."""
+    """Read in pieces of every length, in both ways."""
     model, ids = bench.model().to(torch.bfloat16).eval(), bench.ids(1, bench.sizes.document)
     rows = found["rows"] = []
     for piece in bench.sizes.pieces:
-        for schedule in SCHEDULES:
+        for way in WAYS:
             bench.free()
-            row = {"piece": piece, "schedule": schedule}
+            row = {"piece": piece, "way": way}
             rows.append(row)
-            model.config.schedule = schedule.partition(",")[0]
-            with noted(row):
-                way = read_replayed if "graph" in schedule else read_eagerly
-                way(bench, model, ids, piece, row)
+            with record_error(row):
+                read_document = read_eagerly if way == "eager" else read_replayed
+                read_document(bench, model, ids, piece, row)
             compare(found)
 
 
@@ -85,12 +86,12 @@ def read_eagerly(bench, model, ids, piece, row):
     read(model, MelodiCache(model.config), ids[:, :piece], piece)
 
     def work():
-        row["memory bytes"] = read_anew(model, ids, piece)
+        row["memory bytes"] = read_from_empty(model, ids, piece)
 
     time_document(bench, model, ids, work, row)
 
 
-def read_anew(model, ids, piece):
+def read_from_empty(model, ids, piece):
     cache = MelodiCache(model.config)
     read(model, cache, ids, piece)
     return cache.memory_bytes()
@@ -100,10 +101,10 @@ def read_replayed(bench, model, ids, piece, row):
     if not bench.is_cuda:
         row["note"] = "no CUDA: run as it is, without a graph"
     one = ReplayedPiece(model, piece)
-    replay = captured(one.run) if bench.is_cuda else one.run
+    replay = capture_graph(one.run) if bench.is_cuda else one.run
 
     def work():
-        one.begin()
+        one.reset()
         for part in ids.split(piece, dim=1):
             one.ids.copy_(part)
             replay()
@@ -117,7 +118,7 @@ def read_replayed(bench, model, ids, piece, row):
 def time_document(bench, model, ids, work, row, rounds=3):
     tokens = ids.shape[1]
     seconds = statistics.median(bench.seconds(work) for _ in range(rounds))
-    flops = forward_flops(model.config, tokens, with_logits=False)
+    flops = model.config.forward_flops(tokens, with_logits=False)
     row |= {
         "tokens/s": tokens / seconds,
         "ms": 1e3 * seconds,
@@ -127,63 +128,61 @@ def time_document(bench, model, ids, work, row, rounds=3):
 
 
 def compare(found):
-    """The best of each schedule so far, and how they compare."""
+    """Compare the best of both ways so far."""
     best = {}
     for row in found["rows"]:
         if "ms" in row:
-            name = row["schedule"]
+            name = row["way"]
             best[name] = min(row["ms"], best.get(name, row["ms"]))
     found["best, ms"] = best
-    wave = best.get("wavefront")
-    for name in best.keys() - {"wavefront"} if wave else ():
-        found[f"{name} / wavefront"] = best[name] / wave
-    found["wavefront is faster, times"] = beside_goal(found.get("layers / wavefront"), FASTER)
+    if len(best) == len(WAYS):
+        found["eager / CUDA graph"] = best["eager"] / best["CUDA graph"]
 
 
 def peers(bench, found):
-    """Length by length, as far as time goes."""
-    machine = Machine(bench.device.type, hasty=not bench.is_cuda)
+    """Measure one length after another, as long as time permits."""
+    machine = Machine(bench.device.type, quick=not bench.is_cuda)
     lengths, rows, took = bench.sizes.peer_lengths, [], 0.0
     found["rows"] = rows
     for tokens in lengths:
-        if bench.left() > 3 * took:  # the next is four times as long, but not all of it grows
+        if bench.left() > 3 * took:  # the next takes less than four times as long
             took = bench.seconds(lambda n=tokens: rows.extend(peer_rows(bench, machine, NAMES, n)))
     for name in SLOW:
         rows.extend(peer_rows(bench, machine, [name], lengths[0]))
 
 
 def peer_rows(bench, machine, names, tokens):
-    """A row for each; Llama reads in one call, for which torch has a causal kernel."""
+    """Measure a row per model; Llama reads in one call, for torch's causal kernel."""
     bench.free()
     request = {
         "size": bench.sizes.peers,
         "tokens": tokens,
         "pieces": {name: None if name == "Llama" else min(tokens, 4096) for name in names},
         "rounds": 2,
-        "turns": TURNS,
+        "turns": PEER_TURNS,
         "decoded": DECODED,
     }
     try:
         by_name = peers_script.times(request, machine)
     except Exception as error:
-        by_name = {name: {"failed": one_line(error)} for name in names}
+        by_name = {name: {"failed": first_line(error)} for name in names}
     return [peer_row(name, tokens, by_name[name]) for name in names]
 
 
-def peer_row(name, tokens, told):
+def peer_row(name, tokens, result):
     row = {"model": name, "tokens": tokens}
-    if "failed" in told:
-        return row | {"failed": told["failed"]}
+    if "failed" in result:
+        return row | {"failed": result["failed"]}
     return row | {
-        "prefill, s": min(told["prefill"]),
-        "decoding, ms": 1e3 * statistics.median(told["decoding"]),
-        "state, bytes": told["state"],
+        "prefill, s": min(result["prefill"]),
+        "decoding, ms": 1e3 * statistics.median(result["decoding"]),
+        "state, bytes": result["state"],
     }
 
 
 def latency(bench, found):
-    """The states are set: to read a million tokens would take longer than the part may."""
-    machine = Machine(bench.device.type, hasty=not bench.is_cuda)
+    """Compare latencies with set states, since reading a million tokens takes too long."""
+    machine = Machine(bench.device.type, quick=not bench.is_cuda)
     model = speed.build(bench.config(), machine)
     with torch.inference_mode():
         caches = speed.set_caches(model, bench.sizes.documents, machine)

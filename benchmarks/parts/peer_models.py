@@ -1,8 +1,8 @@
-"""MELODI and models of its size from transformers, with one face for `benchmarks/peers.py`.
+"""MELODI and models of its size from transformers, for `benchmarks/peers.py`.
 
-All have random weights, the same width and vocabulary, tied heads. Parameters are matched to
-MELODI's by the width of the feed-forward network, for Mamba2, which has none, by the number of
-layers. Attention has as many heads for keys as for queries everywhere; a window is as long as
+All have random weights, the same width and vocabulary, and tied heads. Parameter counts are matched
+to MELODI's by the width of the feed-forward network, or by the number of layers for Mamba2, which
+has no feed-forward network. There are as many key heads as query heads; windows are as long as
 MELODI's.
 """
 
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from melodi_hf import MelodiCache, MelodiConfig
-from melodi_hf.models.versions import CACHE_NAME
+from melodi_hf.models.validation import CACHE_NAME
 
 MAMBA_CACHE_NAME = "cache" if CACHE_NAME == "cache" else "cache_params"  # transformers before 5.24
 
@@ -60,7 +60,7 @@ PAPER = {"vocab_size": 4096}  # and the defaults of MelodiConfig: 12 layers of 1
 SIZES = {"tiny": TINY, "small": SMALL, "paper": PAPER}
 LENGTHS = {"tiny": [32, 64], "small": [1 << n for n in (12, 14, 16, 18)]}
 LENGTHS["paper"] = LENGTHS["small"]
-LONGEST = 1 << 20  # tokens, for which positions are made
+LONGEST = 1 << 20  # maximum number of positions
 
 
 def melodi_config(size):
@@ -68,7 +68,7 @@ def melodi_config(size):
 
 
 def shared(size):
-    """What all peers have in common with MELODI of this size."""
+    """Return the options that all models share with MELODI."""
     config = melodi_config(size)
     return {
         "vocab_size": config.vocab_size,
@@ -120,13 +120,13 @@ def mamba_config(size, layers):
 
 
 class Peer(NamedTuple):
-    """How a model is built and used."""
+    """The configuration of a model and how its size is matched."""
 
-    config: Callable  # size, and what is matched -> its config
-    matched: str | None = None  # by which its parameters are MELODI's
-    step: int = 8  # of that
+    config: Callable  # maps size and the matched value to a configuration
+    matched: str | None = None  # the field that is changed to match parameters
+    step: int = 8  # granularity of that field
     cache_name: str = CACHE_NAME
-    grows: bool = False  # whether its state does with the document
+    grows: bool = False  # whether its state grows with the document
 
 
 PEERS = {
@@ -145,7 +145,7 @@ def parameters(config):
 
 @lru_cache
 def matched_config(name, size):
-    """With as many parameters as MELODI has, as nearly as the step allows."""
+    """Return the configuration whose parameter count is nearest to MELODI's."""
     peer = PEERS[name]
     if peer.matched is None:
         return peer.config(size)
@@ -154,13 +154,13 @@ def matched_config(name, size):
     return peer.config(size, steps * peer.step)
 
 
-def recorded(config):
-    """The fields that make the size."""
+def config_sizes(config):
+    """Return the fields that determine the size."""
     return {name: x for name, x in config.to_diff_dict().items() if name != "transformers_version"}
 
 
 class Reader:
-    """A model that reads one row, and its state."""
+    """A model that reads one row, with its state."""
 
     def __init__(self, name, size, machine):
         self.peer, self.machine, self.config = PEERS[name], machine, matched_config(name, size)
@@ -185,12 +185,12 @@ class Reader:
             self.cache = MelodiCache(self.config)
         else:
             self.cache = DynamicCache(config=self.config)
-        if isinstance(self.config, RecurrentGemmaConfig):  # its modules hold part of the state
+        if isinstance(self.config, RecurrentGemmaConfig):  # its modules have part of the state
             device, dtype = self.machine.device, self.machine.dtype
             self.model.model._setup_cache(self.config, 1, device, dtype)
 
     def prefill(self, ids, piece):
-        """Read a document from its beginning -> seconds. piece: tokens of a call; None: all."""
+        """Read a document; return seconds. piece: tokens per call; None: all."""
         self.forget()
 
         def work():
@@ -200,7 +200,7 @@ class Reader:
         return self.machine.seconds(work)
 
     def prepare_decoding(self, tokens):
-        """Make room for so many."""
+        """Allocate the cache for decoding."""
         if self.peer.grows:
             read = self.cache.get_seq_length()
             static = StaticCache(config=self.config, max_cache_len=read + tokens)
@@ -209,13 +209,13 @@ class Reader:
             self.cache = static
 
     def decode(self, tokens):
-        """Seconds of each token."""
+        """Return the seconds of each token."""
         ids = self.draw(tokens).split(1, dim=1)
         return [self.machine.seconds(lambda one=one: self.call(one)) for one in ids]
 
     def state_bytes(self):
-        """Of all tensors that the next token needs besides the weights."""
-        found = tensors_in(self.cache) + [
+        """Return the bytes of all tensors of the state."""
+        found = find_tensors(self.cache) + [
             value
             for module in self.model.modules()
             for name, value in vars(module).items()
@@ -224,12 +224,12 @@ class Reader:
         return sum({t.data_ptr(): t.nbytes for t in found}.values())
 
 
-def tensors_in(held):
-    """All tensors in nested objects of a cache."""
-    if isinstance(held, torch.Tensor):
-        return [held]
-    if isinstance(held, dict):
-        return [t for each in held.values() for t in tensors_in(each)]
-    if isinstance(held, (list, tuple)):
-        return [t for each in held for t in tensors_in(each)]
-    return tensors_in(vars(held)) if hasattr(held, "__dict__") and not callable(held) else []
+def find_tensors(value):
+    """Find all tensors in nested objects of a cache."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for each in value.values() for t in find_tensors(each)]
+    if isinstance(value, (list, tuple)):
+        return [t for each in value for t in find_tensors(each)]
+    return find_tensors(vars(value)) if hasattr(value, "__dict__") and not callable(value) else []

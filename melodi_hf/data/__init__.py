@@ -1,5 +1,8 @@
-"""Files become rows (`rows`), documents (`text`), ids (`tokens`), kept on disk (`prepared`), then
-segments (`segments`); what could not be read is counted (`report`).
+"""Data for training and evaluation, step by step.
+
+Files are read as rows (`rows`), converted to documents (`text`), encoded to ids (`tokens`), cached
+on disk (`prepared`) and split into segments (`segments`). Unreadable records are counted
+(`report`).
 """
 
 from melodi_hf.data.prepared import Prepared, prepare_documents

@@ -1,19 +1,18 @@
-"""Documents as ids on disk: encoded once, then opened at once and read without loading them.
+"""Cache encoded documents on disk and read them through a memory map.
 
-A source is read one time from its beginning to its end, through `datasets` streaming where it lies
-on the Hub. What is kept of it lies in a folder that is named by all that decides the ids: the files
-with their sizes and times, or the dataset with its revision; the limits; the tokenizer.
+A source is read once, from beginning to end; datasets of the Hub are streamed. The cache folder is
+named by a hash of everything that determines the ids: the files with their sizes and times, or the
+dataset with its revision; the limits; the tokenizer.
 
-    ids             of all documents, one behind the other, two bytes each (four if need be)
-    journal.jsonl   a line per batch: its documents, how far the source is read, the report so far
-    manifest.json   written last: a folder without it is not whole
+    ids             of all documents, concatenated; two bytes each (four for large vocabularies)
+    journal.jsonl   a line per batch: its documents, the position in the source, the report so far
+    manifest.json   written last: a folder without it is incomplete
 
-Whoever is stopped goes on behind the last whole line of the journal. Several processes that want
-the same documents wait for the first of them.
+An interrupted process resumes after the last complete line of the journal. Processes that need the
+same documents wait for the first of them.
 
-Training draws documents in random order; with all of them at hand that order is exact, over the
-whole of the source, and a run that goes on needs no more than an index to find its place
-(`segments`). A corpus that no disk holds is cut by `limit`.
+Random access makes shuffling exact over the whole source, and a resumed run needs only an index
+(`segments`). Use `limit` for a corpus that does not fit on the disk.
 """
 
 import atexit
@@ -42,29 +41,29 @@ from melodi_hf.data.report import Report
 from melodi_hf.data.rows import HubDataset
 from melodi_hf.data.text import (
     START,
-    Found,
-    Names,
+    LocatedDocument,
     Position,
     Source,
-    digest_of,
+    UniqueIds,
     shorter_than,
+    text_digest,
 )
 from melodi_hf.data.tokens import (
     NO_TOKENS,
     EncodedDocument,
     batch_encoder,
-    encoding_bar,
-    plain_backend,
+    encoding_progress_bar,
+    get_fast_backend,
     take_batch,
 )
 
-FORMAT = 1  # to be raised when the same source would give other files
-FOLDER = "MELODI_HF_CACHE"  # the variable that names where prepared documents lie
-IDS, JOURNAL, MANIFEST = "ids", "journal.jsonl", "manifest.json"
+FORMAT = 1  # increase when the same source would give other files
+CACHE_VARIABLE = "MELODI_HF_CACHE"  # environment variable with the cache folder
+IDS_FILE, JOURNAL_FILE, MANIFEST_FILE = "ids", "journal.jsonl", "manifest.json"
 
 
 class Entry(NamedTuple):
-    """What the journal says of one document."""
+    """The record of one document in the journal."""
 
     id: str
     num_tokens: int
@@ -74,20 +73,21 @@ class Entry(NamedTuple):
 
 
 class Prepared(Sequence[EncodedDocument]):
-    """Documents whose ids lie on disk and come into memory where they are read.
+    """A sequence of encoded documents on disk, loaded when they are accessed.
 
-    report: what the source held that is not among them.
+    Attributes:
+        report: the records of the source that were skipped.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
-        """Open a whole folder."""
+        """Open a complete folder."""
         self.manifest = manifest
         self.report = Report(manifest["report"])
         self.entries = [entry for batch in read_journal(folder) for entry in batch.entries]
         ends = np.cumsum([entry.num_tokens for entry in self.entries])
         self.spans = list(zip((0, *ends.tolist()), ends.tolist(), strict=False))
-        # A plain view: slices of a memmap carry more than they need.
-        self.ids = np.asarray(np.memmap(folder / IDS, dtype=manifest["type"], mode="r"))
+        # A plain array: slices of a memmap have more overhead.
+        self.ids = np.asarray(np.memmap(folder / IDS_FILE, dtype=manifest["type"], mode="r"))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -107,7 +107,7 @@ class Prepared(Sequence[EncodedDocument]):
         return len(self.ids)
 
     def as_dict(self) -> dict[str, Any]:
-        """How many there are, a name of their ids (`fingerprint`), and what was left out."""
+        """Return counts, the hash of the ids (`fingerprint`) and the report, for JSON."""
         names = ("documents", "tokens", "fingerprint", "revision")
         return {**{name: self.manifest[name] for name in names}, "report": self.report.as_dict()}
 
@@ -115,95 +115,98 @@ class Prepared(Sequence[EncodedDocument]):
 def prepare_documents(
     source: Source, tokenizer: PreTrainedTokenizerBase, progress: bool = True
 ) -> Prepared:
-    """Open the encoded documents of a source; the first time, encode and write them.
+    """Open the encoded documents of a source; encode and write them the first time.
 
-    The folder is `cache_folder()`. If that cannot be written to and was not named by anyone, or if
-    the tokenizer is written in Python, whose changes could not be noticed, documents are prepared
-    in a temporary folder, for this process alone.
+    The folder is `cache_folder()`. A temporary folder is used instead if the default folder is not
+    writable, or if the tokenizer is written in Python, since its changes cannot be detected.
 
-    Raises ValueError for a source without documents and for what is no source, and OSError for a
-    folder that cannot be written to or a disk that is full; the next call continues from what
-    was written.
+    Raises:
+        ValueError: for an argument that is not a source, and for a source without documents.
+        OSError: if the folder is not writable or the disk is full. The next call resumes.
     """
     if not isinstance(source, Source):
         raise ValueError(
-            f"source is of type {type(source).__name__}: give what read_documents returns, or "
-            "encode texts that are in memory by encode_documents"
+            f"source is of type {type(source).__name__}: pass the result of read_documents, or "
+            "use encode_documents for texts in memory"
         )
     if isinstance(source.origin, HubDataset):
-        source = replace(source, origin=source.origin.at_its_revision())
-    key = key_of(source, tokenizer)
+        source = replace(source, origin=source.origin.pin_revision())
+    key = cache_key(source, tokenizer)
     cache = cache_folder() if key else None
-    folder = find_folder(cache, key, source) if cache and key else temporary_folder()
+    folder = find_cached_folder(cache, key, source) if cache and key else temporary_folder()
     manifest = read_manifest(folder)
     if manifest is None:
-        with explained(folder), only_one(folder, progress):
-            # Another may have done it in the meantime.
-            manifest = read_manifest(folder) or write(folder, source, tokenizer, progress)
+        with explain_full_disk(folder), exclusive_lock(folder, progress):
+            # Another process may have written it in the meantime.
+            manifest = read_manifest(folder) or write_prepared(folder, source, tokenizer, progress)
     return Prepared(folder, manifest)
 
 
-# Where
+# Cache folder
 
 
 def cache_folder() -> Path | None:
-    """The folder of prepared documents: $MELODI_HF_CACHE, or melodi_hf in Hugging Face's folder.
+    """Return $MELODI_HF_CACHE, or melodi_hf in Hugging Face's cache folder.
 
-    None, and a word on the standard error, if the latter cannot be written to. Raises OSError if
-    the former cannot.
+    If the default folder is not writable, prints a message to standard error and returns None.
+
+    Raises:
+        OSError: if $MELODI_HF_CACHE is not writable.
     """
-    named = os.environ.get(FOLDER)
+    named = os.environ.get(CACHE_VARIABLE)
     folder = Path(named).expanduser() if named else Path(HF_HOME) / "melodi_hf"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        trouble = f"{folder}, where documents are prepared, cannot be written to ({error.strerror})"
+        problem = f"the cache folder {folder} cannot be written to ({error.strerror})"
         if named:
-            raise OSError(f"{trouble}: name another folder by {FOLDER}") from error
-        say(f"{trouble}: they are prepared anew each time until {FOLDER} names another folder")
+            raise OSError(f"{problem}: set {CACHE_VARIABLE} to another folder") from error
+        print_message(
+            f"{problem}: documents are encoded again each time; set {CACHE_VARIABLE} to avoid this"
+        )
         return None
     return folder
 
 
 def temporary_folder() -> Path:
-    """A folder that is removed when this process ends."""
+    """Create a folder that is removed when this process ends."""
     folder = tempfile.mkdtemp(prefix="melodi_hf_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder, "documents")
 
 
-def key_of(source: Source, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Name all that decides the ids, but for a dataset's revision; None if that cannot be told."""
-    backend = plain_backend(tokenizer)
+def cache_key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Hash everything that determines the ids except the revision; None if that is unknown."""
+    backend = get_fast_backend(tokenizer)
     if backend is None:
         return None
     parts = [FORMAT, tokenizers.__version__, backend.to_str(), source.identity()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def find_folder(cache: Path, key: str, source: Source) -> Path:
-    """The folder of these documents; the newest of any revision if the Hub cannot be asked."""
-    revision = revision_of(source)
+def find_cached_folder(cache: Path, key: str, source: Source) -> Path:
+    """Return the folder of these documents; offline, the newest of any revision."""
+    revision = get_revision(source)
     if not isinstance(source.origin, HubDataset) or revision:
         return cache / "-".join((key, *filter(None, [revision])))
-    whole = [path.parent for path in cache.glob(f"{key}-*/{MANIFEST}")]
+    whole = [path.parent for path in cache.glob(f"{key}-*/{MANIFEST_FILE}")]
     return max(whole, key=lambda path: path.stat().st_mtime, default=cache / key)
 
 
-def revision_of(source: Source) -> str | None:
+def get_revision(source: Source) -> str | None:
     return source.origin.revision if isinstance(source.origin, HubDataset) else None
 
 
 @contextmanager
-def only_one(folder: Path, progress: bool) -> Iterator[None]:
-    """Let one process in at a time; the system lets the next in if it is killed."""
+def exclusive_lock(folder: Path, progress: bool) -> Iterator[None]:
+    """Hold a file lock; the system releases it if the process is killed."""
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if progress:
-            say("another process prepares these documents: waiting for it")
+            print_message("waiting for another process that prepares these documents")
         lock.acquire()
     try:
         yield
@@ -212,8 +215,8 @@ def only_one(folder: Path, progress: bool) -> Iterator[None]:
 
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Say what to do when the disk takes no more."""
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Add a remedy to the error of a full disk."""
     try:
         yield
     except OSError as error:
@@ -221,42 +224,41 @@ def explained(folder: Path) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"{folder.parent}, where documents are prepared, takes no more ({error.strerror}); "
-            f"free some space and start again, which goes on with what is written, or name a "
-            f"folder on another disk by {FOLDER}",
+            f"cannot write to the cache folder {folder.parent} ({error.strerror}): free some space "
+            f"and start again to resume, or set {CACHE_VARIABLE} to a folder on another disk",
         ) from error
 
 
-def say(words: str) -> None:
+def print_message(words: str) -> None:
     tqdm.write(words, file=sys.stderr)
 
 
 # Reading
 
 
-class Batch(NamedTuple):
+class JournalEntry(NamedTuple):
     """A line of the journal."""
 
     entries: list[Entry]
-    position: Position  # behind the last document
-    report: dict[str, Any]  # of all that stands before
-    end: int  # of the line, in bytes
+    position: Position  # after the last document
+    report: dict[str, Any]  # of all lines up to this one
+    end: int  # end of the line, in bytes
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What is known of a whole folder; None if it is not whole."""
+    """Read the manifest of a folder; None if the folder is incomplete."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        size = (folder / IDS).stat().st_size
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        size = (folder / IDS_FILE).stat().st_size
     except FileNotFoundError:
         return None
-    # A folder that lost a part, say in a copy, is gone on with like one that was stopped.
+    # A folder with a truncated file is resumed like an interrupted one.
     return manifest if size == manifest["tokens"] * np.dtype(manifest["type"]).itemsize else None
 
 
-def read_journal(folder: Path) -> Iterator[Batch]:
-    """Read the whole lines of a journal; the last one may have been cut."""
-    path = folder / JOURNAL
+def read_journal(folder: Path) -> Iterator[JournalEntry]:
+    """Read the complete lines of a journal; the last line may be truncated."""
+    path = folder / JOURNAL_FILE
     with path.open("rb") if path.exists() else open(os.devnull, "rb") as lines:
         end = 0
         for line in lines:
@@ -265,126 +267,130 @@ def read_journal(folder: Path) -> Iterator[Batch]:
                 return
             found = json.loads(line)
             entries = [Entry(*entry) for entry in found["documents"]]
-            yield Batch(entries, Position(*found["position"]), found["report"], end)
+            yield JournalEntry(entries, Position(*found["position"]), found["report"], end)
 
 
 # Writing
 
 
-class Unfinished:
-    """A folder that is being written, from its beginning or from where another stopped."""
+class PreparedWriter:
+    """Writes a folder from the beginning, or resumes an interrupted one."""
 
     def __init__(self, folder: Path, dtype: np.dtype):
         folder.mkdir(exist_ok=True)
         self.dtype, self.num_tokens, self.num_documents = dtype, 0, 0
-        self.position, self.report, self.names = START, Report(), Names()
-        self.ids, self.journal = (folder / IDS).open("ab"), (folder / JOURNAL).open("ab")
+        self.position, self.report, self.names = START, Report(), UniqueIds()
+        self.ids, self.journal = (folder / IDS_FILE).open("ab"), (folder / JOURNAL_FILE).open("ab")
         there, journal_end = self.ids.tell() // dtype.itemsize, 0
         for batch in read_journal(folder):
             if self.num_tokens + sum(entry.num_tokens for entry in batch.entries) > there:
                 break
-            self.take(batch.entries)
+            self.add_entries(batch.entries)
             self.position, self.report = batch.position, Report(batch.report)
             journal_end = batch.end
         self.ids.truncate(self.num_tokens * dtype.itemsize)
         self.journal.truncate(journal_end)
 
-    def take(self, entries: list[Entry]) -> None:
-        """Count what lies on the disk."""
+    def add_entries(self, entries: list[Entry]) -> None:
+        """Count documents that are on the disk."""
         for entry in entries:
             self.names.digests[entry.id] = entry.digest
             self.num_tokens += entry.num_tokens
         self.num_documents += len(entries)
 
     def write(self, batch: list[tuple[Entry, np.ndarray]], position: Position) -> None:
-        """Add documents; ids reach the disk before the journal speaks of them."""
+        """Append documents; ids are flushed before the journal records them."""
         entries = [entry for entry, _ in batch]
         for _, ids in batch:
             self.ids.write(ids.tobytes())
-        flush(self.ids)
+        flush_to_disk(self.ids)
         line = {"documents": entries, "position": position, "report": self.report.as_dict()}
         self.journal.write(json.dumps(line).encode() + b"\n")
-        flush(self.journal)
-        self.take(entries)
+        flush_to_disk(self.journal)
+        self.add_entries(entries)
 
     def close(self) -> None:
         self.ids.close()
         self.journal.close()
 
 
-def flush(file: BinaryIO) -> None:
-    """Come back when the disk has it."""
+def flush_to_disk(file: BinaryIO) -> None:
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def write(
+def write_prepared(
     folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, progress: bool
 ) -> dict[str, Any]:
-    """Read and encode what is left of a source; return the manifest."""
-    # Two bytes hold the ids of most vocabularies, half of what NumPy would take.
-    unfinished = Unfinished(folder, np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4"))
+    """Encode the rest of a source and write the manifest, which is returned."""
+    # Two bytes are enough for most vocabularies.
+    unfinished = PreparedWriter(folder, np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4"))
     try:
         write_batches(unfinished, source, tokenizer, progress)
     finally:
         unfinished.close()
     if not unfinished.num_documents:
-        raise source.no_documents(unfinished.report)
+        raise source.no_documents_error(unfinished.report)
     manifest = {
         "source": str(source),
-        "revision": revision_of(source),
+        "revision": get_revision(source),
         "documents": unfinished.num_documents,
         "tokens": unfinished.num_tokens,
         "type": unfinished.dtype.str,
         "fingerprint": fingerprint(folder),
         "report": unfinished.report.as_dict(),
     }
-    draft = folder / f"{MANIFEST}.unfinished"
+    draft = folder / f"{MANIFEST_FILE}.unfinished"
     draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    draft.replace(folder / MANIFEST)
+    draft.replace(folder / MANIFEST_FILE)
     return manifest
 
 
 def fingerprint(folder: Path) -> str:
-    """A name that is the same wherever documents of the same names give the same ids."""
+    """Hash the names and ids of all documents."""
     found = hashlib.blake2b(digest_size=16)
     for batch in read_journal(folder):
         for entry in batch.entries:
             found.update(json.dumps([entry.id, entry.num_tokens]).encode())
-    with (folder / IDS).open("rb") as ids:
+    with (folder / IDS_FILE).open("rb") as ids:
         for part in iter(lambda: ids.read(2**20), b""):
             found.update(part)
     return found.hexdigest()
 
 
 def write_batches(
-    unfinished: Unfinished, source: Source, tokenizer: PreTrainedTokenizerBase, progress: bool
+    unfinished: PreparedWriter, source: Source, tokenizer: PreTrainedTokenizerBase, progress: bool
 ) -> None:
-    """Encode batch after batch until the source ends or its limit is reached."""
+    """Encode batches until the source ends or its limit is reached."""
     encode = batch_encoder(tokenizer)
     found = source.read(unfinished.report, unfinished.position)
     before, start = unfinished.num_documents, time.monotonic()
-    with encoding_bar(progress, unfinished.num_tokens) as bar:
+    with encoding_progress_bar(progress, unfinished.num_tokens) as bar:
         while source.limit is None or unfinished.num_documents < source.limit:
-            # No more documents than are wanted, so that none behind the last one is reported.
+            # Read no more documents than needed, so that none after the last is reported.
             left = source.limit and source.limit - unfinished.num_documents
             batch = take_batch(found, lambda each: len(each.document.text), left)
             if not batch:
                 break
             texts = [each.document.text for each in batch]
             ids = (np.array(row, dtype=unfinished.dtype) for row in encode(texts))
-            kept = list(keep(zip(batch, ids, strict=True), source.min_tokens, unfinished))
-            unfinished.write(kept, batch[-1].position)
+            accepted = list(
+                filter_documents(zip(batch, ids, strict=True), source.min_tokens, unfinished)
+            )
+            unfinished.write(accepted, batch[-1].position)
             number = unfinished.num_documents
             rate = (number - before) / (time.monotonic() - start)
             bar.set_postfix_str(f"{number:,} documents, {rate:.1f} documents/s", refresh=False)
-            bar.update(sum(entry.num_tokens for entry, _ in kept))
+            bar.update(sum(entry.num_tokens for entry, _ in accepted))
 
 
-def keep(
-    encoded: Iterator[tuple[Found, np.ndarray]], min_tokens: int, unfinished: Unfinished
+def filter_documents(
+    encoded: Iterator[tuple[LocatedDocument, np.ndarray]],
+    min_tokens: int,
+    unfinished: PreparedWriter,
 ) -> Iterator[tuple[Entry, np.ndarray]]:
-    """Let through the documents that are long enough and new; report the others."""
+    """Yield documents that are long enough and new; report the others."""
     report, names = unfinished.report, unfinished.names
     for (document, place, _), ids in encoded:
         if not len(ids):
@@ -393,8 +399,8 @@ def keep(
         if len(ids) < min_tokens:
             report.count(shorter_than(min_tokens), place)
             continue
-        digest = digest_of(document.text)
-        name = names.name(document.id, digest, report, place)
+        digest = text_digest(document.text)
+        name = names.assign(document.id, digest, report, place)
         if name is not None:
             num_words, num_bytes = len(document.text.split()), len(document.text.encode())
             yield Entry(name, len(ids), num_words, num_bytes, digest), ids

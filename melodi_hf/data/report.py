@@ -1,23 +1,23 @@
-"""What a source holds that is no document, or not as it stands: how much, and where first.
+"""Report of records that were skipped or renamed: counts and first places.
 
-Nothing of this stops a reader, since one line among millions always is damaged; and nothing of it
-passes unseen, since a number that is measured on half of the documents should say so.
+Damaged records do not stop reading, since large corpora always have some. They are reported, since
+a result on half of the documents must say so.
 """
 
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-REPEATED = "repeated"  # the id and the text of a document that was there before
-RENAMED = "renamed"  # the id of another text; kept, under an id of its own
-PLACES = 3  # told of each kind
+REPEATED = "repeated"  # same id and text as an earlier document
+RENAMED = "renamed"  # same id as another text; kept under a new id
+MAX_PLACES = 3  # places recorded per kind
 
 
 class Report:
-    """How often each kind of trouble was met, and the first places of it."""
+    """Counts and first places of each kind of problem."""
 
     def __init__(self, kinds: Mapping[str, Mapping[str, Any]] | None = None):
-        """Begin with nothing, or with what `as_dict` of another report gave."""
+        """Create an empty report, or restore one from `as_dict`."""
         kinds = kinds or {}
         self.counts: dict[str, int] = {kind: found["count"] for kind, found in kinds.items()}
         self.places: dict[str, list[str]] = {
@@ -25,14 +25,14 @@ class Report:
         }
 
     def count(self, kind: str, place: str) -> None:
-        """Note one more of a kind, such as "empty", at a place such as "books.jsonl, line 4"."""
+        """Count a problem, such as "empty", at a place such as "books.jsonl, line 4"."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         places = self.places.setdefault(kind, [])
-        if len(places) < PLACES:
+        if len(places) < MAX_PLACES:
             places.append(place)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Everything, for JSON: kind -> count and first places."""
+        """Return kind -> count and first places, for JSON."""
         return {
             kind: {"count": count, "first": list(self.places[kind])}
             for kind, count in self.counts.items()
@@ -42,23 +42,23 @@ class Report:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        """In words, such as "2 left out: 1 empty (a.jsonl, line 4), 1 not JSON (..., line 9)"."""
+        """Format: "2 left out: 1 empty (a.jsonl, line 4), 1 not JSON (..., line 9)"."""
         left_out = [kind for kind in self.counts if kind != RENAMED]
         parts = []
         if left_out:
             total = sum(self.counts[kind] for kind in left_out)
-            parts.append(f"{total:,} left out: {', '.join(map(self.described, left_out))}")
+            parts.append(f"{total:,} left out: {', '.join(map(self.describe, left_out))}")
         if RENAMED in self.counts:
-            parts.append(self.described(RENAMED))
+            parts.append(self.describe(RENAMED))
         return "; ".join(parts) or "nothing left out"
 
-    def described(self, kind: str) -> str:
-        """One kind in words."""
+    def describe(self, kind: str) -> str:
+        """Format one kind."""
         count, places = self.counts[kind], self.places[kind]
         more = "; ..." if count > len(places) else ""
         return f"{count:,} {kind} ({'; '.join(places)}{more})"
 
     def warn(self) -> None:
-        """Tell a caller who asked for no report."""
+        """Issue a warning if the report is not empty."""
         if self:
             warnings.warn(str(self), stacklevel=3)

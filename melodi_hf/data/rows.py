@@ -1,14 +1,14 @@
-"""Files, and datasets of the Hugging Face Hub, give rows: fields, or what keeps them from us.
+"""Read files and datasets of the Hugging Face Hub as rows of fields.
 
-Files are told apart by their suffix:
+The suffix determines the format:
 
     .jsonl .json (also .gz)    one JSON object per line
     .parquet                   one row per document
     .txt, or a folder of them  one document per file
     .py                        one document per file, in the encoding that it declares
 
-A text that is not valid UTF-8 is left out: characters put in place of what cannot be read would be
-learnt like any others. Of a file that is damaged all that stands before the damage is read.
+Texts that are not valid UTF-8 are skipped, since a model would learn replacement characters. A
+damaged file is read up to the damage.
 """
 
 import glob
@@ -26,23 +26,23 @@ NOT_UTF8 = "not UTF-8"
 NOT_JSON = "not JSON"
 NOT_AN_OBJECT = "not a JSON object"
 DAMAGED = "damaged there or before"
-# What reading a damaged file raises; a connection that breaks is another matter, and does stop us.
-DAMAGE = (EOFError, ValueError, zlib.error, gzip.BadGzipFile)
+# Errors of damaged files; connection errors are not caught.
+DAMAGE_ERRORS = (EOFError, ValueError, zlib.error, gzip.BadGzipFile)
 
 
-TABLE_ROWS = 64  # of parquet, that are held at once
+TABLE_ROWS = 64  # rows of parquet in memory at once
 
 
 class Row(NamedTuple):
-    """One record of a part: its fields, or the kind of trouble that keeps it from having any."""
+    """A record of a part: its fields, or the problem with it."""
 
-    number: int  # in its part, from 1
-    place: str  # in words
+    number: int  # within the part, from 1
+    place: str  # for messages
     fields: dict[str, Any] | None
-    trouble: str = ""
+    problem: str = ""
 
 
-# A part of a source: given how many of its rows to pass over, it reads the others.
+# A part of a source: maps the number of rows to skip to an iterator over the others.
 Part = Callable[[int], Iterator[Row]]
 
 
@@ -50,7 +50,7 @@ Part = Callable[[int], Iterator[Row]]
 
 
 class File(NamedTuple):
-    """A file, and what it is called in its source."""
+    """A file and its name in the source."""
 
     path: Path
     name: str
@@ -58,7 +58,7 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """Files of this machine, read one after another."""
+    """Local files, read one after another."""
 
     files: tuple[File, ...]
     described: str
@@ -67,15 +67,15 @@ class Files:
         return self.described
 
     def parts(self) -> Iterator[Part]:
-        """A part is a file."""
-        return (partial(reader_of(file.path), *file) for file in self.files)
+        """Yield one part per file."""
+        return (partial(choose_reader(file.path), *file) for file in self.files)
 
     def identity(self) -> list[Any]:
-        """Where they lie, how large they are, and when they were written."""
-        return [[*identity_of_file(file.path), file.name] for file in self.files]
+        """Return paths, sizes and modification times."""
+        return [[*file_identity(file.path), file.name] for file in self.files]
 
 
-def identity_of_file(path: Path) -> list[Any]:
+def file_identity(path: Path) -> list[Any]:
     state = path.stat()
     return [str(path.resolve()), state.st_size, state.st_mtime_ns]
 
@@ -85,9 +85,9 @@ def find_files(files: str | Path | Sequence[str | Path]) -> tuple[File, ...]:
     patterns = [files] if isinstance(files, str | Path) else list(files)
     found = tuple(file for pattern in patterns for file in match_pattern(pattern))
     if not found:
-        raise ValueError("files is empty; give at least one path, glob or folder")
+        raise ValueError("files is empty: pass at least one path, glob or folder")
     for file in found:
-        reader_of(file.path)
+        choose_reader(file.path)
     return found
 
 
@@ -98,8 +98,8 @@ def match_pattern(pattern: str | Path) -> list[File]:
         texts = [file for file in path.rglob("*.txt") if file.is_file()]
         if not texts:
             raise ValueError(
-                f"the folder {path} holds no .txt files; "
-                f"name files of another kind by a glob such as {path / '*.jsonl.gz'}"
+                f"the folder {path} has no .txt files: "
+                f"pass a glob for other formats, such as {path / '*.jsonl.gz'}"
             )
         named = [File(file, file.relative_to(path).as_posix()) for file in texts]
         return sorted(named, key=lambda file: file.name)
@@ -107,8 +107,8 @@ def match_pattern(pattern: str | Path) -> list[File]:
     found = [File(file, file.name) for file in paths if file.is_file()]
     if not found:
         raise FileNotFoundError(
-            f"no file matches {str(pattern)!r} in {Path.cwd()}; give a path, a glob or a folder "
-            "that exists (for a dataset on the Hub use name=...)"
+            f"no file matches {str(pattern)!r} in {Path.cwd()}: pass an existing path, glob or "
+            "folder (for a dataset of the Hub use name=...)"
         )
     return found
 
@@ -121,7 +121,7 @@ def read_json_lines(path: Path, name: str, start: int) -> Iterator[Row]:
             for number, line in enumerate(lines, start=1):
                 if number > start and line.strip():
                     yield json_row(line, number, f"{name}, line {number}")
-        except DAMAGE:
+        except DAMAGE_ERRORS:
             yield Row(number + 1, f"{name}, line {number + 1}", None, DAMAGED)
 
 
@@ -139,7 +139,7 @@ def json_row(line: bytes, number: int, place: str) -> Row:
 
 
 def read_plain_text(path: Path, name: str, start: int) -> Iterator[Row]:
-    """Read a whole file as one document; line ends stay as they are."""
+    """Read a whole file as one document; line ends are not changed."""
     if start:
         return
     try:
@@ -152,7 +152,7 @@ def read_parquet(path: Path, name: str, start: int) -> Iterator[Row]:
     """Read the rows of a parquet file without loading all of it."""
     try:
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    except DAMAGE:  # its schema is read here
+    except DAMAGE_ERRORS:  # its schema is read here
         return iter([Row(1, f"{name}, row 1", None, DAMAGED)])
     return table_rows(rows, name, start)
 
@@ -164,7 +164,7 @@ def read_module(path: Path, name: str, start: int) -> Iterator[Row]:
     try:
         with tokenize.open(path) as file:
             yield Row(1, name, {"id": name, "text": file.read()})
-    except (SyntaxError, UnicodeDecodeError):  # the first is about an encoding that is unknown
+    except (SyntaxError, UnicodeDecodeError):  # SyntaxError: the encoding is unknown
         yield Row(1, name, None, NOT_UTF8)
 
 
@@ -179,12 +179,12 @@ READERS = {
 }
 
 
-def reader_of(path: Path) -> Callable[[Path, str, int], Iterator[Row]]:
+def choose_reader(path: Path) -> Callable[[Path, str, int], Iterator[Row]]:
     """Choose the reader by the file's suffix."""
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
             return reader
-    raise ValueError(f"{path} has none of the suffixes that can be read: {', '.join(READERS)}")
+    raise ValueError(f"{path} has an unknown suffix: supported are {', '.join(READERS)}")
 
 
 # The Hub
@@ -192,7 +192,7 @@ def reader_of(path: Path) -> Callable[[Path, str, int], Iterator[Row]]:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the Hub, or a folder of one, read shard by shard through `datasets`."""
+    """A dataset of the Hub, or a local copy of one, read shard by shard with `datasets`."""
 
     name: str
     config_name: str | None
@@ -204,7 +204,7 @@ class HubDataset:
         return f"the split {self.split!r} of {self.name}"
 
     def parts(self) -> Iterator[Part]:
-        """A part is a file of the dataset; each is opened alone, so that one may be damaged."""
+        """Yield one part per file, so that a damaged file does not affect the others."""
         options = {"revision": self.revision} if self.revision else {}
         rows = load_dataset(
             self.name, self.config_name, split=self.split, streaming=self.streaming, **options
@@ -216,32 +216,35 @@ class HubDataset:
             yield partial(table_rows, shard, name)
 
     def identity(self) -> dict[str, Any]:
-        """Which dataset it is, without its revision; of a folder, the state of its files."""
+        """Return name and options without the revision; of a folder, the state of its files."""
         folder = Path(self.name)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {
             "name": str(folder.resolve()) if files else self.name,
             "config_name": self.config_name,
             "split": self.split,
-            "files": list(map(identity_of_file, files)),
+            "files": list(map(file_identity, files)),
         }
 
-    def at_its_revision(self) -> "HubDataset":
-        """Pin the newest revision; itself where the Hub cannot be asked."""
+    def pin_revision(self) -> "HubDataset":
+        """Pin the newest revision; returns self if the Hub is unreachable."""
         if self.revision or Path(self.name).exists():
             return self
         from huggingface_hub import HfApi
 
         try:
             return replace(self, revision=HfApi().dataset_info(self.name).sha)
-        except Exception:  # the client's versions have different ones; what is there may do
+        except (
+            Exception
+        ):  # versions of the client raise different errors; the local cache may be enough
             return self
 
 
 def table_rows(rows: Any, name: str, start: int) -> Iterator[Row]:
-    """Read an iterable dataset as tables, of which single rows may be damaged.
+    """Read an iterable dataset as tables, skipping damaged rows.
 
-    Raises OSError for a connection that breaks; what is read by then stays read.
+    Raises:
+        OSError: if the connection breaks.
     """
     number = start
     try:
@@ -249,12 +252,12 @@ def table_rows(rows: Any, name: str, start: int) -> Iterator[Row]:
             for row in range(table.num_rows):
                 number += 1
                 yield table_row(table, row, number, f"{name}, row {number}")
-    except DAMAGE:
+    except DAMAGE_ERRORS:
         yield Row(number + 1, f"{name}, row {number + 1}", None, DAMAGED)
     except OSError as error:
         if type(error) is not OSError or error.errno is not None:
             raise
-        # Arrow's word for a page that cannot be unpacked, unlike those of systems and networks.
+        # Arrow's error for a damaged page, unlike errors of the system or network.
         yield Row(number + 1, f"{name}, row {number + 1}", None, DAMAGED)
 
 
@@ -269,24 +272,24 @@ def table_row(table: Any, row: int, number: int, place: str) -> Row:
 
 def load_dataset(name: str, config_name: str | None = None, **options):
     """Call `datasets.load_dataset`, with errors that name the remedy."""
-    # Imported here: JSON lines, plain text and the standard library are read without it.
+    # Imported here, since JSON lines, plain text and the standard library do not need it.
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"reading {name} needs the package datasets: pip install datasets"
+            f"reading {name} needs the package datasets: run pip install datasets"
         ) from error
     try:
         return datasets.load_dataset(name, config_name, **options)
     except ConnectionError as error:
         raise ConnectionError(
             f"the dataset {name} cannot be read from the Hub ({error}): connect to the network, or "
-            "read files of this machine (read_documents(files), or data.source=files in a recipe)"
+            "read local files (read_documents(files), or data.source=files in a recipe)"
         ) from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         raise ValueError(
-            f"{name} is read by a script of its own, which datasets {datasets.__version__} does "
-            "not run; name a copy of it in parquet (of deepmind/pg19: emozilla/pg19)"
+            f"{name} needs a loading script, which datasets {datasets.__version__} does not "
+            "support: use a copy in parquet (for deepmind/pg19: emozilla/pg19)"
         ) from error

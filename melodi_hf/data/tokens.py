@@ -1,13 +1,12 @@
-"""Documents become ids: tokenizers are loaded, converted from SentencePiece, or trained.
+"""Load, convert (from SentencePiece) or train tokenizers, and encode documents.
 
-All of them are fast tokenizers of transformers, so that `save_pretrained` puts them beside a model
-and `AutoTokenizer` finds them there. Two special tokens are required of each: eos, which begins
-every document that a model reads, and pad, which fills its last segment.
+All of them are fast tokenizers of transformers, with `save_pretrained` and `AutoTokenizer`. Each
+needs two special tokens: eos, which begins every document, and pad, which fills the last segment.
 
-A SentencePiece model merges whatever makes the piece of the lowest id, leftmost first. A BPE of the
-`tokenizers` library merges by a list of pairs instead; `all_merges` writes down that list:
+SentencePiece merges the pair that makes the piece with the lowest id, leftmost first. The BPE of
+the `tokenizers` library merges by a list of pairs; `all_merges` makes that list:
 
-    every split of a piece into two known pieces, in the order of the ids of the pieces made
+    every split of a piece into two known pieces, ordered by the id of the piece
 """
 
 import copy
@@ -33,50 +32,50 @@ from melodi_hf.data.text import Document, as_documents
 
 END = "</s>"
 PAD = "<pad>"
-BLANK = "\u2581"  # what SentencePiece writes for a space
+BLANK = "\u2581"  # SentencePiece's symbol for a space
 
-BATCH_CHARACTERS = 4_000_000  # of text that are encoded in one call; bounds the memory needed
-PROGRESS_DELAY = 3  # seconds of work before a bar appears
-TRAINING_CHARACTERS = 2**29  # of the documents, that a tokenizer is trained on
+BATCH_CHARACTERS = 4_000_000  # encoded per call; bounds memory
+PROGRESS_DELAY = 3  # seconds before a progress bar appears
+TRAINING_CHARACTERS = 2**29  # used to train a tokenizer
 NO_TOKENS = "without tokens"
 
 T = TypeVar("T")
 
 
 class EncodedDocument(NamedTuple):
-    """The ids of a document, and the sizes of its text that perplexities are divided by."""
+    """The ids of a document, and the size of its text in words and bytes."""
 
     id: str
-    ids: np.ndarray  # whole numbers, one per token, without special tokens
-    num_words: int  # pieces between whitespace
+    ids: np.ndarray  # integers, one per token, without special tokens
+    num_words: int  # separated by whitespace
     num_bytes: int  # of the text in UTF-8
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub and check that it has an eos and a pad token.
 
-    Raises ValueError for one that lacks them and for a SentencePiece model that is not converted.
+    Raises ValueError if a token is missing, and for an unconverted SentencePiece model.
     """
     path = Path(path_or_name)
     if path.suffix == ".model" or (path.is_dir() and is_only_sentencepiece(path)):
         raise ValueError(
-            f"{path} is a SentencePiece model, which transformers loads with ids that differ from "
-            "SentencePiece's own; call convert_sentencepiece(file).save_pretrained(folder) once "
-            "and load that folder"
+            f"{path} is a SentencePiece model, which transformers loads with other ids than "
+            "SentencePiece; call convert_sentencepiece(file).save_pretrained(folder) once and load "
+            "that folder"
         )
     tokenizer = AutoTokenizer.from_pretrained(path_or_name)
     for role in ("eos", "pad"):
         if getattr(tokenizer, f"{role}_token_id") is None:
             raise ValueError(
                 f"the tokenizer {str(path_or_name)!r} has no {role} token, but eos and pad are "
-                f"both needed; add one by tokenizer.add_special_tokens({{'{role}_token': ...}}) "
+                f"required: add one by tokenizer.add_special_tokens({{'{role}_token': ...}}) "
                 "and save it by tokenizer.save_pretrained(folder)"
             )
     return tokenizer
 
 
 def is_only_sentencepiece(folder: Path) -> bool:
-    """Tell whether a folder holds a SentencePiece model and no tokenizer made from it."""
+    """Tell whether a folder has a SentencePiece model that is not converted."""
     return any(folder.glob("*.model")) and not (folder / "tokenizer.json").exists()
 
 
@@ -87,18 +86,18 @@ class Piece(NamedTuple):
     """One entry of a SentencePiece vocabulary."""
 
     text: str
-    kind: int  # NORMAL, UNKNOWN or another of SentencePiece's numbers
+    kind: int  # NORMAL, UNKNOWN or another type of SentencePiece
 
 
 class SentencePieceModel(NamedTuple):
-    """What a SentencePiece file says about how text becomes ids."""
+    """The parts of a SentencePiece file that determine the encoding."""
 
     pieces: list[Piece]  # by id
     is_bpe: bool
     byte_fallback: bool
-    blank_at_end: bool  # blanks belong to the word before, not to the word after
-    character_map: bytes  # compiled rules of normalisation; empty for none
-    add_dummy_prefix: bool  # a blank before the text
+    blank_at_end: bool  # spaces belong to the preceding word
+    character_map: bytes  # compiled normalisation rules; may be empty
+    add_dummy_prefix: bool  # add a space before the text
     remove_extra_whitespaces: bool
     escape_whitespaces: bool
 
@@ -108,27 +107,26 @@ BPE = 2  # of the model types
 
 
 def convert_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
-    """Turn a SentencePiece BPE model without byte fallback into a fast tokenizer with the same ids.
+    """Convert a SentencePiece BPE model to a fast tokenizer with equal ids (no byte fallback).
 
-    `</s>` (eos) and `<pad>` are appended where the model has none, at V and V + 1 for one without
-    either. Special tokens are no part of SentencePiece's encoding and are not added to texts.
+    `</s>` (eos) and `<pad>` are appended if the model has none, with the ids V and V + 1. Special
+    tokens are not added to texts.
 
-    One thing may differ: the normalisation of letters that carry combining marks one by one, where
-    the marks stand in an unusual order or on a ligature; `tokenizers` drops such a mark, while
-    SentencePiece makes it an unknown token.
+    A known difference: combining marks in an unusual order or on a ligature. `tokenizers` drops
+    such a mark, SentencePiece encodes it as an unknown token.
 
-    Raises ValueError for any other kind of model.
+    Raises ValueError for other models.
     """
     model = read_sentencepiece(Path(path))
-    refuse_unsupported(model, path)
+    check_supported(model, path)
     ids = {piece.text: number for number, piece in enumerate(model.pieces)}
     unknown = next(piece.text for piece in model.pieces if piece.kind == UNKNOWN)
-    # SentencePiece writes neighbours without an entry as a single unknown token.
+    # SentencePiece encodes adjacent unknown characters as one unknown token.
     bpe = models.BPE(ids, all_merges(model.pieces), unk_token=unknown, fuse_unk=True)
     tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizer_of(model)
-    # Where no piece holds a blank behind a letter, no merge crosses the cut before a blank: words
-    # are merged alone, which makes the time linear in the length of the text.
+    tokenizer.normalizer = build_normalizer(model)
+    # If no piece has a space after a letter, no merge crosses a word boundary. Splitting into words
+    # makes the time linear in the length of the text.
     if not any(BLANK in piece.text.lstrip(BLANK) for piece in model.pieces):
         words = Regex(f"{BLANK}+[^{BLANK}]*")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
@@ -144,27 +142,27 @@ def convert_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
     )
 
 
-def refuse_unsupported(model: SentencePieceModel, path: str | Path) -> None:
-    """Raise ValueError for models whose ids a BPE of `tokenizers` would not reproduce."""
+def check_supported(model: SentencePieceModel, path: str | Path) -> None:
+    """Raise ValueError for models that the BPE of `tokenizers` cannot reproduce."""
     kinds = {piece.kind for piece in model.pieces}
     problems = {
         "is not of the type BPE": not model.is_bpe,
-        "falls back to bytes": model.byte_fallback,
+        "has byte fallback": model.byte_fallback,
         "has user-defined symbols": USER_DEFINED in kinds,
-        "writes blanks behind words": model.blank_at_end or not model.escape_whitespaces,
+        "has spaces after words": model.blank_at_end or not model.escape_whitespaces,
         "has no unknown token": UNKNOWN not in kinds,
     }
     found = [problem for problem, is_there in problems.items() if is_there]
     if found:
         raise ValueError(
             f"the SentencePiece model {path} {' and '.join(found)}; only BPE models without byte "
-            "fallback or user-defined symbols can be converted, so train such a one or use "
+            "fallback and user-defined symbols can be converted: train such a model or use "
             "train_tokenizer"
         )
 
 
 def all_merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """List the pairs that make a piece, in the order in which SentencePiece would merge them."""
+    """List the merges in the order in which SentencePiece applies them."""
     ids = {piece.text: number for number, piece in enumerate(pieces) if piece.kind == NORMAL}
     merges = []
     for text in ids:
@@ -174,12 +172,12 @@ def all_merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     return merges
 
 
-def normalizer_of(model: SentencePieceModel) -> normalizers.Normalizer:
-    """Build what happens to a text before its words are merged."""
+def build_normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
+    """Build the normaliser of a model."""
     steps: list[normalizers.Normalizer] = []
     if model.character_map:
-        # Precompiled looks up \r\n as one character and drops its second half; apart, both are
-        # looked up as SentencePiece does it.
+        # Precompiled treats \r\n as one character and drops the \n; replace it by two characters,
+        # as SentencePiece does.
         rules = normalizers.Precompiled(model.character_map)
         steps += [normalizers.Replace("\r\n", rules.normalize_str("\r") + "\n"), rules]
     if model.remove_extra_whitespaces:
@@ -193,22 +191,17 @@ def normalizer_of(model: SentencePieceModel) -> normalizers.Normalizer:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Read a SentencePiece file by its published protobuf schema.
-
-    The few numbers needed are read here, so that neither sentencepiece nor protobuf, whose
-    versions often refuse each other, must be installed.
-    """
+    """Read a SentencePiece file by its protobuf schema, without sentencepiece or protobuf."""
     try:
         fields = protobuf_fields(path.read_bytes())
-        parts = dict(fields)  # of a field that is there twice the last one counts
+        parts = dict(fields)  # the last of repeated fields counts
         trainer = dict(protobuf_fields(parts.get(2, b"")))
         rules = dict(protobuf_fields(parts.get(3, b"")))
         pieces = [dict(protobuf_fields(value)) for number, value in fields if number == 1]
         entries = [Piece(piece[1].decode(), piece.get(3, NORMAL)) for piece in pieces]
     except (AttributeError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is not a SentencePiece model or is damaged; give the .model file that "
-            "SentencePiece wrote"
+            f"{path} is not a SentencePiece model or is damaged: pass a .model file"
         ) from error
     return SentencePieceModel(
         pieces=entries,
@@ -223,7 +216,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
 
 
 def protobuf_fields(data: bytes) -> list[tuple[int, Any]]:
-    """Split a protobuf message into (field number, value); a value is a number or bytes."""
+    """Split a protobuf message into (field number, value); values are numbers or bytes."""
     fields: list[tuple[int, Any]] = []
     position = 0
     while position < len(data):
@@ -245,7 +238,7 @@ def protobuf_fields(data: bytes) -> list[tuple[int, Any]]:
 
 
 def read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """Read a whole number of seven bits per byte, lowest first; return it and where it ends."""
+    """Read a varint; return the number and the position after it."""
     value = shift = 0
     while data[position] & 0x80:
         value |= (data[position] & 0x7F) << shift
@@ -260,15 +253,15 @@ def read_varint(data: bytes, position: int) -> tuple[int, int]:
 def train_tokenizer(
     documents: Iterable[Document | str | Mapping[str, Any]], vocab_size: int, progress: bool = True
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE, which gives every text back unchanged.
+    """Train a byte-level BPE tokenizer, which can encode every text.
 
-    documents: as of `encode_documents`.
-    vocab_size: the most entries it may have, the two special tokens (`</s>` = 0, also bos, and
-        `<pad>` = 1) and the 256 bytes among them; a small corpus gives fewer.
+    documents: as for `encode_documents`.
+    vocab_size: the maximum size, including two special tokens (`</s>` = 0, also bos, and
+        `<pad>` = 1) and 256 bytes; a small corpus gives fewer entries.
 
-    The same documents in the same order give the same tokenizer; they are read one by one, and not
-    beyond their first `TRAINING_CHARACTERS`, which hold every word that matters. Raises
-    ValueError for a vocabulary too small for the bytes and for no documents.
+    The same documents in the same order give the same tokenizer. Documents are read one by one, up
+    to `TRAINING_CHARACTERS`. Raises ValueError for no documents, and for a vocabulary that is too
+    small.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
@@ -287,11 +280,13 @@ def train_tokenizer(
         show_progress=progress,
     )
     report = Report()
-    texts = first_texts(as_documents(documents, report))
+    texts = limit_texts(as_documents(documents, report))
     first = next(texts, None)
     if first is None:
         found = f" ({report})" if report else ""
-        raise ValueError(f"a tokenizer cannot be trained on no documents{found}; give at least one")
+        raise ValueError(
+            f"there are no documents to train a tokenizer on{found}; pass at least one"
+        )
     tokenizer.train_from_iterator(prepend(first, texts), trainer)
     report.warn()
     return PreTrainedTokenizerFast(
@@ -303,8 +298,8 @@ def train_tokenizer(
     )
 
 
-def first_texts(documents: Iterable[Document]) -> Iterator[str]:
-    """Read texts until there are `TRAINING_CHARACTERS` or more."""
+def limit_texts(documents: Iterable[Document]) -> Iterator[str]:
+    """Yield texts up to a total of `TRAINING_CHARACTERS`."""
     num_characters = 0
     for document in documents:
         yield document.text
@@ -314,7 +309,7 @@ def first_texts(documents: Iterable[Document]) -> Iterator[str]:
 
 
 def prepend(first: str, others: Iterator[str]) -> Iterator[str]:
-    """Put one text before others."""
+    """Yield a text, then the others."""
     yield first
     yield from others
 
@@ -329,41 +324,41 @@ def encode_documents(
     report: Report | None = None,
     text_field: str = "text",
 ) -> list[EncodedDocument]:
-    """Encode whole documents, several at once; no special tokens are added.
+    """Encode whole documents in batches, without special tokens.
 
-    Text that looks like a special token, such as "</s>" in a page about tokenizers, is encoded as
-    the characters it is made of. A bar with tokens per second appears when it takes long. For more
-    than fits into memory, or to do it only once, there is `prepare_documents`.
+    Text that looks like a special token, such as "</s>", is encoded as characters. A progress bar
+    appears after a few seconds. For corpora larger than memory, and to encode only once, use
+    `prepare_documents`.
 
-    documents: `Document`s, texts, or rows of fields such as those of a `datasets.Dataset`.
-    report: counts documents that are left out, since they are empty, no string, no UTF-8 or give no
-        ids; without one they are warned of.
-    text_field: the field of a row that holds the text.
+    documents: `Document`s, texts, or rows such as those of a `datasets.Dataset`.
+    report: counts skipped documents (empty, not a string, not UTF-8, no ids); without a report a
+        warning is issued.
+    text_field: the field of a row with the text.
 
-    Raises ValueError for no documents, and for what is none.
+    Raises ValueError for no documents, and for items of other types.
     """
     encode = batch_encoder(tokenizer)
     noted = Report() if report is None else report
     encoded: list[EncodedDocument] = []
     waiting = as_documents(documents, noted, text_field)
-    with encoding_bar(progress) as bar:
+    with encoding_progress_bar(progress) as bar:
         while batch := take_batch(waiting, len_of=lambda document: len(document.text)):
             for document, ids in zip(batch, encode([text for _, text in batch]), strict=True):
                 if ids:
-                    encoded.append(encoded_document(document, ids))
+                    encoded.append(make_encoded_document(document, ids))
                 else:
                     noted.count(NO_TOKENS, f"document {document.id!r}")
                 bar.update(len(ids))
     if not encoded:
         found = f" ({noted})" if noted else ""
-        raise ValueError(f"there are no documents to encode{found}; give at least one")
+        raise ValueError(f"there are no documents to encode{found}; pass at least one")
     if report is None:
         noted.warn()
     return encoded
 
 
-def encoded_document(document: Document, ids: list[int]) -> EncodedDocument:
-    """Keep the ids of one document in an array of four bytes each."""
+def make_encoded_document(document: Document, ids: list[int]) -> EncodedDocument:
+    """Make an encoded document, with ids as int32."""
     return EncodedDocument(
         id=document.id,
         ids=np.array(ids, dtype=np.int32),
@@ -372,8 +367,8 @@ def encoded_document(document: Document, ids: list[int]) -> EncodedDocument:
     )
 
 
-def encoding_bar(progress: bool, done: int = 0) -> tqdm:
-    """A bar of tokens, which appears when it takes long; `done` were encoded before."""
+def encoding_progress_bar(progress: bool, done: int = 0) -> tqdm:
+    """Make a progress bar in tokens that appears after a delay, starting at `done`."""
     delay = 0 if done else PROGRESS_DELAY
     options = {"unit": "token", "unit_scale": True, "delay": delay, "initial": done}
     return tqdm(desc="encoding", disable=not progress, **options)
@@ -382,7 +377,7 @@ def encoding_bar(progress: bool, done: int = 0) -> tqdm:
 def take_batch(
     waiting: Iterator[T], len_of: Callable[[T], int], most: int | None = None
 ) -> list[T]:
-    """Take texts until they have `BATCH_CHARACTERS` or more, and `most` of them at the most."""
+    """Take texts up to a total of `BATCH_CHARACTERS`, and at most `most` of them."""
     batch: list[T] = []
     num_characters = 0
     for text in waiting:
@@ -396,8 +391,8 @@ def take_batch(
 def batch_encoder(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Callable[[list[str]], Iterator[list[int]]]:
-    """Return a function from texts to ids, free of padding, truncation and length warnings."""
-    backend = plain_backend(tokenizer)
+    """Return a function that encodes texts without padding, truncation or warnings."""
+    backend = get_fast_backend(tokenizer)
     if backend is None:
 
         def encode_slowly(texts):
@@ -408,18 +403,18 @@ def batch_encoder(
 
     def encode(texts):
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        # One at a time: as a list of Python's numbers, ids take nine times their size.
+        # A generator, since Python lists need nine times the memory of an array.
         return (encoding.ids for encoding in encodings)
 
     return encode
 
 
-def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """The tokenizer of `tokenizers` that does the work; None for one that is written in Python."""
+def get_fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """Return a copy of the tokenizer's Rust backend; None for a tokenizer in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    # A copy, because these switches belong to the tokenizer that the user keeps.
+    # A copy, so that the user's tokenizer is not changed.
     backend = copy.deepcopy(backend)
     backend.no_padding()
     backend.no_truncation()

@@ -1,17 +1,17 @@
-"""Logits become numbers, numbers become tables: read these files in this order.
+"""Evaluation, tables, plots and model cards.
 
-perplexity     whole documents through the memory, scored with it, with parts of it, and without
-intervals      how sure a perplexity is, and a difference
-variants       runs of several variants and seeds, compared
-continuation   documents of any length, continued from what the memory holds
-tables, plots  results as Markdown and as pictures
-systems        what the systems are, side by side: one page
-comparison     all systems on the same tokens: the tables of their runs
-cards          the model card of a run
-command_line   options, files, packages and the device, checked before any work
-loading        models from folders and from the Hub
+perplexity     perplexity of whole documents with all, part or none of the memory
+intervals      bootstrap intervals of perplexities and differences
+variants       comparison of runs with several variants and seeds
+continuation   generation after a document of any length
+tables, plots  results as Markdown and as figures
+systems        the page that describes all systems
+comparison     tables of all systems on the same tokens
+cards          model cards
+command_line   checks of options, files, packages and the device
+loading        models from folders and the Hub
 
-word_perplexity is a metric for Hugging Face's `evaluate`, in a folder that needs nothing of ours:
+word_perplexity is a metric for Hugging Face's `evaluate` that does not import this package:
 `evaluate.load(melodi_hf.evaluation.WORD_PERPLEXITY)`.
 """
 

@@ -1,4 +1,4 @@
-"""A model card from the results of a run: the template filled in, each number generated."""
+"""Write the model card of a run: fill the template in with the numbers of its results."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
-import melodi_hf  # noqa: F401  AutoConfig knows our models from now on
+import melodi_hf  # noqa: F401  registers the models with AutoConfig
 from melodi_hf.evaluation.systems import read_systems
 from melodi_hf.evaluation.tables import (
     Evaluation,
@@ -24,7 +24,7 @@ from melodi_hf.evaluation.tables import (
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"
 LIBRARY = "Python's standard library"
-PLOT = "perplexity_by_position.png"  # what a run calls its plot
+PLOT = "perplexity_by_position.png"  # file name of a run's plot
 EMPTY_SECTION = re.compile(r"^## [^\n]+\n\s*(?=^## |\Z)", re.MULTILINE)
 
 CITATIONS = {
@@ -97,20 +97,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 name = "{name}"
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
-text = tokenizer.eos_token + "A document of any length. " * 200  # eos begins every document
+text = tokenizer.eos_token + "A document of any length. " * 200  # every document begins with eos
 ids = tokenizer(text, return_tensors="pt").input_ids
 with torch.no_grad():
-    first = model(ids[:, :-1])  # a document of any length, in pieces of any length
-    memory = first.cache  # all that is kept of it
-    mask = torch.ones_like(ids)  # of the whole length: the ids below go on from the memory
+    first = model(ids[:, :-1])  # read it in one call, or in pieces
+    memory = first.cache  # the memory
+    mask = torch.ones_like(ids)  # as long as the whole text: the ids below continue it
     output = model.generate(
         ids[:, -1:], attention_mask=mask, cache=memory, max_new_tokens=20
     )
 print(tokenizer.decode(output[0]))"""
 
-CARRYING = """\
-A call without `cache` begins a document with an empty memory; a call with those of the
-call before goes on where that one ended. The memory is changed in place and does not grow."""
+CACHE_NOTE = """\
+A call without `cache` starts a document with an empty memory. A call with the `cache` of the
+previous call
+continues the same document. The memory is updated in place and does not grow."""
 
 
 def write_card(
@@ -121,9 +122,9 @@ def write_card(
     repo_id: str | None = None,
     license: str = "apache-2.0",
 ) -> Path:
-    """Write the card of the model in `run_dir`, named after its place on the Hub if it has one.
+    """Write the card of the model in `run_dir`, with the name `repo_id` if it is on the Hub.
 
-    Without results it says what the model is, and nothing of how it was trained or how good it is.
+    Without results the sections about training and evaluation are left out.
     """
     run_dir = Path(run_dir)
     config = AutoConfig.from_pretrained(run_dir)
@@ -136,13 +137,13 @@ def write_card(
     fields = {
         "front_matter": front_matter(results, title, license),
         "title": title,
-        "summary": f"A language model{trained}: it reads a document of any length in windows of "
+        "summary": f"A language model{trained}. It reads documents of any length in windows of "
         f"{config.window_length} tokens, in constant memory. "
-        f"From window to window it carries {system.carries}.",
-        "snippet": SNIPPET.format(name=repo_id or shown(run_dir)),
-        "carrying": CARRYING,
+        f"Carried from window to window: {system.carries}.",
+        "snippet": SNIPPET.format(name=repo_id or display_path(run_dir)),
+        "carrying": CACHE_NOTE,
         "memory": describe_memory(config),
-        "evaluation": "",  # a section of which nothing is told is left out
+        "evaluation": "",  # empty sections are left out
         "limits": "",
         "training": "",
         "data": f"Weights and code: {license}.",
@@ -152,7 +153,7 @@ def write_card(
         fields["evaluation"] = describe_evaluation(results, run_dir)
         fields["limits"] = describe_limits(results)
         fields["training"] = describe_training(results)
-        fields["data"] += f" {describe_rights(results)}"
+        fields["data"] += f" {describe_license(results)}"
     text = Template(Path(template).read_text(encoding="utf-8")).substitute(fields)
     path = run_dir / "README.md"
     path.write_text(EMPTY_SECTION.sub("", text), encoding="utf-8")
@@ -160,7 +161,7 @@ def write_card(
 
 
 def front_matter(results: Results | None, title: str, license: str) -> str:
-    """The card's metadata."""
+    """Return the metadata of the card as YAML."""
     card = ModelCardData(
         license=license,
         library_name="transformers",
@@ -173,14 +174,14 @@ def front_matter(results: Results | None, title: str, license: str) -> str:
 
 
 def front_matter_of_run(results: Results) -> dict[str, Any]:
-    """What was trained on, and the measured perplexities as the Hub understands them."""
+    """Return the training data and the perplexities in the Hub's metadata format."""
     data, corpus = results["recipe"]["data"], describe_corpus(results)
     measured = [
         EvalResult(
             task_type="text-generation",
             dataset_type=data["source"],
             dataset_name=f"{corpus}, memory {name}",
-            dataset_config=name,  # results of one dataset and configuration would be merged
+            dataset_config=name,  # the Hub merges results of the same dataset and configuration
             metric_type="perplexity",
             metric_name="perplexity per token",
             metric_value=round(setting["perplexity_per_token"], 4),
@@ -196,7 +197,7 @@ def front_matter_of_run(results: Results) -> dict[str, Any]:
 
 
 def describe_corpus(results: Results) -> str:
-    """What was trained on, in a few words."""
+    """Name the training data in a few words."""
     data = results["recipe"]["data"]
     if data["source"] == "files":
         return ", ".join(Path(file).name.split(".")[0] for file in data["files"])
@@ -204,56 +205,62 @@ def describe_corpus(results: Results) -> str:
 
 
 def describe_size(parameters: int) -> str:
-    """142K parameters, 3.46M parameters, 1.2B parameters."""
+    """Format a parameter count: 142K parameters, 3.46M parameters, 1.2B parameters."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if parameters >= size:
             return f"{parameters / size:.3g}{letter} parameters"
     return f"{parameters} parameters"
 
 
-def shown(run_dir: Path) -> str:
-    """The folder as seen from here; its name alone if it lies elsewhere."""
+def display_path(run_dir: Path) -> str:
+    """Return the folder relative to the current one; its name alone if it is outside."""
     folder, here = run_dir.resolve(), Path.cwd()
     return folder.relative_to(here).as_posix() if folder.is_relative_to(here) else folder.name
 
 
 def describe_memory(config: PreTrainedConfig) -> str:
-    """One row per kind of memory: how far it reaches and how much it holds."""
+    """Make a table with one row per memory: reach and size."""
     total = config.memory_floats()
-    rows = [(kind, reach, floats, 2 * floats) for kind, reach, floats in memory_kinds(config)]
+    rows = [(kind, reach, floats, 2 * floats) for kind, reach, floats in list_memories(config)]
     if len(rows) > 1:
-        rows.append(("together", "", total, 2 * total))
+        rows.append(("total", "", total, 2 * total))
     assert sum(row[2] for row in rows[: -1 if len(rows) > 1 else None]) == total
-    headers = ["memory", "reaches", "numbers per document", "bytes in bfloat16"]
+    headers = ["memory", "reach", "floats per document", "bytes in bfloat16"]
     return (
-        f"{markdown_table(headers, rows)}\n\n"
-        f"Within a window of {config.window_length} tokens everything is attended to; of what came "
-        "before only this is kept, however long the document is."
+        f"{markdown_table(headers, rows)}\n\nThe model attends to all previous tokens within a "
+        f"window of {config.window_length} tokens. Of earlier windows only this memory is kept, "
+        "whatever the length of the document."
     )
 
 
-def memory_kinds(config: PreTrainedConfig) -> list[tuple[str, str, int]]:
-    """Name, reach and size of each memory that the configuration asks for."""
+def list_memories(config: PreTrainedConfig) -> list[tuple[str, str, int]]:
+    """Return name, reach and size in floats of each memory of the configuration."""
     total = config.memory_floats()
     if config.model_type == "compressive_transformer":
-        slots, held = config.slots_carried, config.tokens_carried
+        slots, exact_tokens = config.slots_carried, config.tokens_carried
         floats = config.num_hidden_layers * slots * config.hidden_size
-        reach = f"the {slots * config.compression_rate:,} tokens before; then dropped"
+        reach = (
+            f"the {slots * config.compression_rate:,} tokens before those; older ones are dropped"
+        )
         return [
-            ("hidden states", f"{held:,} tokens, exactly", total - floats),
+            ("hidden states", f"{exact_tokens:,} tokens, exactly", total - floats),
             (f"compressed, {slots} slots per layer", reach, floats),
         ]
     exact = f"{config.window_length:,} tokens, exactly"
     if config.model_type == "block_recurrent":
         vectors, layers = config.num_state_vectors, len(config.recurrent_layers)
         state = layers * vectors * config.hidden_size
-        reach = "no fixed end: each window moves it on, and what it held fades"
+        reach = "unlimited, fading: updated once per window"
         name = f"state, {vectors} vectors in {layers} of {config.num_hidden_layers} layers"
         kinds = [("keys and values", exact, total - state), (name, reach, state)]
         return kinds if layers else kinds[:1]
     if config.model_type == "memorizing_transformer":
         remembered = 2 * config.memory_length * config.num_attention_heads * config.head_dim
-        memory = ("remembered keys and values", f"{config.memory_length:,} tokens", remembered)
+        memory = (
+            "keys and values of the long-term memory",
+            f"{config.memory_length:,} tokens",
+            remembered,
+        )
         return [("keys and values", exact, total - remembered), memory]
     if config.model_type != "melodi":
         system = read_systems()[config.model_type]
@@ -261,25 +268,25 @@ def memory_kinds(config: PreTrainedConfig) -> list[tuple[str, str, int]]:
     short = config.num_short_memory_tokens * config.num_hidden_layers * config.hidden_size
     kinds = []
     if short:
-        reach = "no fixed end: each window is summed up with the summary before it, and fades"
+        reach = "unlimited, fading: each window is summarised together with the previous summary"
         name = f"short-term, {config.num_short_memory_tokens} tokens per layer"
         kinds.append((name, reach, short))
     if total > short:
         added = max(1, config.num_long_memory_tokens)
         windows = config.long_memory_length // added
         tokens = windows * config.window_length
-        reach = f"the last {windows} windows, {tokens:,} tokens; then dropped"
+        reach = f"the last {windows} windows, {tokens:,} tokens; older ones are dropped"
         kinds.append((f"long-term, {added} tokens per window", reach, total - short))
-    return kinds or [("none", "the open window alone", 0)]
+    return kinds or [("none", "the current window only", 0)]
 
 
 def describe_evaluation(results: Results, run_dir: Path) -> str:
-    """The table of the settings, how they were measured, the one by position, and its plot."""
+    """Write the section on evaluation: tables, method, intervals and plot."""
     evaluation = results["evaluation"]
     parts = [
         evaluation_table(evaluation),
-        f"{evaluation['documents']} whole documents that were not trained on, each token scored "
-        "once. Carried: the memory goes from window to window; emptied: it is emptied before every "
+        f"{evaluation['documents']} whole held-out documents, each token scored once. "
+        "Carried: the memory is carried from window to window. Emptied: it is reset before every "
         f"window. {describe_intervals(evaluation)}One run, seed {results['seed']}.",
         *describe_parts(evaluation),
         position_table(evaluation),
@@ -292,80 +299,85 @@ def describe_evaluation(results: Results, run_dir: Path) -> str:
 
 
 def describe_intervals(evaluation: Evaluation) -> str:
-    """What the brackets mean; nothing where there are none."""
+    """Explain the numbers in brackets; an empty string if there are none."""
     bootstrap = evaluation.get("bootstrap")
     if bootstrap is None:
         return ""
     if bootstrap["documents"] < bootstrap["fewest_documents"]:
         return f"{bootstrap['documents']} documents are too few for intervals. "
     return (
-        f"In brackets: where {bootstrap['level']:.0%} of {bootstrap['resamples']:,} resamples of "
-        f"the documents lie ({bootstrap['method']}). "
+        f"In brackets: {bootstrap['level']:.0%} intervals from {bootstrap['resamples']:,} "
+        f"resamples ({bootstrap['method']}). "
     )
 
 
 def describe_parts(evaluation: Evaluation) -> list[str]:
-    """What each part of the memory does, if that was measured."""
+    """Describe the evaluation without parts of the memory, if it was measured."""
     if evaluation["settings"].keys() <= {"carried", "emptied"}:
         return []
     return [
         memory_table(evaluation),
-        "short_off and long_off: this kind of memory is emptied before every window; queue_N: of "
-        "the long-term memory no more is kept than what the newest N windows left.",
+        "short_off, long_off: the short-term or long-term memory is reset before every window. "
+        "queue_N: only the entries of the newest N windows are kept in the long-term memory.",
     ]
 
 
 def describe_continuation(continuation: dict[str, Any]) -> list[str]:
-    """How the model went on, behind the end of what it read where the results quote that."""
-    begin = (
-        f"After {continuation['tokens_read']:,} tokens of test documents, of which it held "
-        f"{continuation['memory_bytes']:,} bytes, the model"
+    """Quote the continuation, after the end of the text that was read if that is recorded."""
+    opening = (
+        f"After {continuation['tokens_read']:,} tokens of test documents "
+        f"({continuation['memory_bytes']:,} bytes of memory)"
     )
     written = f"````text\n{continuation['written']}\n````"
     if "read" not in continuation:
-        return [f"{begin} went on", written]
-    return [f"{begin} read", f"````text\n{continuation['read']}\n````", "and went on", written]
+        return [f"{opening} the model continued:", written]
+    return [
+        f"{opening}, ending in",
+        f"````text\n{continuation['read']}\n````",
+        "it continued:",
+        written,
+    ]
 
 
 def describe_limits(results: Results) -> str:
-    """What the model was not made for, and what its memory does not do."""
-    lines = [f"Trained on {describe_corpus(results)} only, and not to follow instructions."]
+    """Describe the limitations of the model and of its memory."""
+    lines = [f"Trained on {describe_corpus(results)} only; not trained to follow instructions."]
     worth = results["evaluation"]["worth"]
     if worth is not None:
         lines.append(
-            f"On the documents above the memory is worth {percent(worth)} of the perplexity per "
-            "token; what lies behind the window is kept compressed, not word for word."
+            f"On these documents the memory reduces the perplexity per token by {percent(worth)}. "
+            "Text before the current window is kept in compressed form, not word for word."
         )
     return "\n".join(lines)
 
 
 def describe_training(results: Results) -> str:
-    """What was run, on what, for how long; the recipe in full."""
+    """Describe the training run: recipe, hardware, time, versions."""
     history = results["training"]["history"]
     rows = [
         ("recipe", f"`{results['name']}`, commit `{str(results['commit'])[:12]}`"),
         ("tokens read", f"{history[-1]['tokens']:,} in {history[-1]['step']:,} steps"),
         ("last training loss", f"{history[-1]['loss']:.3f} nats per token"),
-        ("hardware", flat(results["hardware"])),
+        ("hardware", format_value(results["hardware"])),
         ("minutes", format_cell(results["minutes"])),
         ("tokens per second", format_cell(results["tokens_per_second"])),
         ("peak memory, GB", format_cell(results["peak_memory_gb"])),
-        ("versions", flat(results["versions"])),
+        ("versions", format_value(results["versions"])),
     ]
     recipe = json.dumps(results["recipe"], indent=2)
     return f"{markdown_table(['', ''], rows)}\n\n```json\n{recipe}\n```"
 
 
-def flat(value: Any) -> str:
-    """A word, or the pairs of a dictionary on one line."""
+def format_value(value: Any) -> str:
+    """Format a value, or the pairs of a dictionary, on one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {flat(each)}" for name, each in value.items())
+        return ", ".join(f"{name} {format_value(each)}" for name, each in value.items())
     return str(value)
 
 
-def describe_rights(results: Results) -> str:
-    """Who may do what with the text that was trained on."""
+def describe_license(results: Results) -> str:
+    """State the licence of the training text."""
     corpus = describe_corpus(results)
     if corpus == LIBRARY:
-        return f"The text, the sources of {LIBRARY}, is under the PSF License Agreement."
-    return f"The text, {corpus}, keeps the licence of its sources."
+        return f"Training text: the source code of {LIBRARY}, under the PSF License Agreement."
+    return f"Training text: {corpus}, under the licence of its sources."

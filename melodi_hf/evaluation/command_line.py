@@ -1,6 +1,6 @@
-"""What every command line checks before it does any work: numbers, files, packages, the device.
+"""Checks of command-line options: numbers, files, packages, the device.
 
-The functions that take a `text` are types for `argparse`, which names the option in its error.
+Functions with an argument `text` are types for `argparse`, which names the option in errors.
 """
 
 import argparse
@@ -18,14 +18,14 @@ import torch
 from huggingface_hub.errors import HTTPError
 from transformers.utils import is_torch_xla_available
 
-# What a wrong input, a missing package or an unreachable Hub raises.
+# Errors of invalid input, missing packages and an unreachable Hub.
 FAILURES = (OSError, ValueError, ImportError, HTTPError, argparse.ArgumentTypeError)
-NO_GPU = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that name none
+HIDDEN_GPU_VALUES = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES without a GPU
 MAX_SEED = 2**32 - 1  # NumPy's
 
 
 def one_line(error: BaseException) -> str:
-    """Write an error's message on one line."""
+    """Format an error as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -40,7 +40,7 @@ def whole_number(text: str, lowest: int, highest: float = math.inf) -> int:
         value = None
     if value is None or not lowest <= value <= highest:
         allowed = f"{lowest} or more" if highest == math.inf else f"from {lowest} to {highest}"
-        raise argparse.ArgumentTypeError(f"{text!r} is given: give a whole number, {allowed}")
+        raise argparse.ArgumentTypeError(f"got {text!r}: pass an integer, {allowed}")
     return value
 
 
@@ -67,7 +67,7 @@ def positive_float(text: str, highest: float = math.inf) -> float:
         value = math.nan
     if not (0 < value <= highest and value < math.inf):
         allowed = "greater than 0" + (f", at most {highest:g}" if highest < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{text!r} is given: give a number {allowed}")
+        raise argparse.ArgumentTypeError(f"got {text!r}: pass a number {allowed}")
     return value
 
 
@@ -80,22 +80,22 @@ def probability(text: str) -> float:
 
 
 def output_file(text: str) -> Path:
-    """Check that a file can be written: its folder exists or can be made, and takes a new file."""
+    """Check that a file can be written, in a folder that exists or can be created."""
     path = Path(text)
     if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
-        raise argparse.ArgumentTypeError(f"{path} is {kind}: name a file")
-    return _writable(path, path.parent, "name another file")
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise argparse.ArgumentTypeError(f"{path} is {kind}: pass the path of a file")
+    return _writable(path, path.parent, "choose another file")
 
 
 def output_folder(text: str) -> Path:
-    """Check that files can be written to a folder, which exists or can be made."""
+    """Check that files can be written to a folder that exists or can be created."""
     path = Path(text)
     return _writable(path, path, "choose another folder by --output DIR")
 
 
 def _writable(path: Path, folder: Path, remedy: str) -> Path:
-    """Try it in the nearest folder that exists; nothing is left behind."""
+    """Test by a temporary file in the nearest existing folder."""
     try:
         nearest = next(each for each in (folder, *folder.parents) if each.exists())
         tempfile.NamedTemporaryFile(dir=nearest, prefix=path.name).close()
@@ -118,17 +118,17 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): name a file of JSON") from error
+        raise ValueError(f"{path} is not JSON ({error}): pass a JSON file") from error
 
 
 def read_object(path: str | Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON object that must have some keys; errors name the file and what it lacks."""
+    """Read a JSON object with required keys; errors name the file and the missing keys."""
     found = read_json(path)
     missing = [key for key in keys if not isinstance(found, dict) or key not in found]
     if missing:
         raise ValueError(
-            f"{path} holds no {', '.join(missing)}: name a file of results that training/train.py, "
-            "training/evaluate.py or a benchmark wrote"
+            f"{path} has no {', '.join(missing)}: pass a file of results of training/train.py, "
+            "training/evaluate.py or a benchmark"
         )
     return found
 
@@ -146,28 +146,28 @@ def require_packages(extra: str, *names: str) -> None:
 
 
 def device_name(text: str) -> str:
-    """Check that torch knows a device and that this machine has it."""
+    """Check that torch and this machine have a device."""
     try:
         kind = torch.device(text).type
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is given: give cpu or cuda") from None
+        raise argparse.ArgumentTypeError(f"got {text!r}: pass cpu or cuda") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text!r} is given, but torch finds no GPU: give cpu")
+        raise argparse.ArgumentTypeError(f"got {text!r}, but torch finds no GPU: pass cpu")
     return text
 
 
 def choose_device() -> torch.device:
     """Choose the GPU if there is one, else the CPU.
 
-    Raises ValueError if GPUs are asked for, as accelerate does by `gpu_ids`, and there is none.
+    Raises ValueError if a GPU is requested, as accelerate does by `gpu_ids`, and there is none.
     """
     asked = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     available = torch.accelerator.is_available() or is_torch_xla_available()
-    if asked not in NO_GPU and not available:
+    if asked not in HIDDEN_GPU_VALUES and not available:
         raise ValueError(
-            f"GPU {asked} is asked for (by CUDA_VISIBLE_DEVICES, or by gpu_ids in a file for "
-            "accelerate launch), but torch finds none: to use the CPU, unset the variable and take "
-            "no configuration/accelerate/gpu_*.yaml; to use a GPU, install its driver and a torch "
+            f"GPU {asked} is requested (by CUDA_VISIBLE_DEVICES, or by gpu_ids in a file for "
+            "accelerate launch), but torch finds none: to use the CPU, unset the variable and use "
+            "no configuration/accelerate/gpu_*.yaml; to use a GPU, install its driver and torch "
             "for CUDA"
         )
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -176,22 +176,21 @@ def choose_device() -> torch.device:
 def print_device(
     device: torch.device | str, dtype: torch.dtype | str, threads: int | None = None
 ) -> None:
-    """Print to the standard error where the work is done, such as
-    "device: cpu (AMD EPYC, 2 threads), float32"."""
-    if os.environ.get("RANK", "0") != "0":  # of several processes one is enough
+    """Print the device to standard error: "device: cpu (AMD EPYC, 2 threads), float32"."""
+    if os.environ.get("RANK", "0") != "0":  # rank 0 only
         return
     kind = torch.device(device).type
     if kind == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, {torch.cuda.device_count()} visible"
     elif kind == "cpu":
-        name = f"{processor()}, {threads or torch.get_num_threads()} threads"
+        name = f"{processor_name()}, {threads or torch.get_num_threads()} threads"
     else:
         name = kind
     sys.stderr.write(f"device: {kind} ({name}), {str(dtype).removeprefix('torch.')}\n")
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
+def processor_name() -> str:
+    """Return the name of the processor, if the system has it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

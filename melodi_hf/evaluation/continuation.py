@@ -1,9 +1,9 @@
 """Continue a document of any length: read it in pieces, then generate from the memory alone.
 
-    ids  [ piece | piece | piece | ... | last ]      one piece at a time through the cache
-                                           \\__ generate(), whose past is the cache
+    ids  [ piece | piece | piece | ... | last ]      one piece at a time into the cache
+                                           \\__ generate() from the cache
 
-What is held of the document is the cache, whose size does not grow with what was read.
+Only the cache is kept, and its size does not depend on the length of the document.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from melodi_hf.data.text import EMPTY, Document, trouble_of
+from melodi_hf.data.text import EMPTY, Document, invalid_reason
 from melodi_hf.data.tokens import encode_documents
 from melodi_hf.models.cache import MelodiCache
 
@@ -27,14 +27,14 @@ def continue_text(
     max_new_tokens: int,
     **options: Any,
 ) -> tuple[str, dict[str, Any]]:
-    """Continue a text that is read as a document is in training, from the start token on."""
-    trouble = trouble_of(text)
-    if trouble == EMPTY:
-        raise ValueError("the prompt is empty: there is nothing to continue")
-    if trouble:
-        raise ValueError(f"the prompt is {trouble}: give a str without halves of surrogate pairs")
+    """Continue a text, which is read like a document in training, after a start token."""
+    problem = invalid_reason(text)
+    if problem == EMPTY:
+        raise ValueError("the prompt is empty: pass at least one character")
+    if problem:
+        raise ValueError(f"the prompt is {problem}: pass a str without halves of surrogate pairs")
     (document,) = encode_documents([Document("prompt", text)], tokenizer, progress=False)
-    ids = [tokenizer.eos_token_id, *document.ids.tolist()]  # eos begins every document
+    ids = [tokenizer.eos_token_id, *document.ids.tolist()]  # every document begins with eos
     new_ids, info = read_and_continue(model, ids, max_new_tokens, **options)
     return str(tokenizer.decode(new_ids, skip_special_tokens=True)), info
 
@@ -48,15 +48,15 @@ def read_and_continue(
     progress: bool = True,
     **generate_options: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Read all ids but the last in pieces, generate behind them; the new ids and what it took."""
+    """Read the ids in pieces and generate; return the new ids and speeds."""
     ids = torch.as_tensor(ids, dtype=torch.long, device=model.device)
-    refuse_unreadable(ids, model.config.vocab_size)
+    check_ids(ids, model.config.vocab_size)
     start = perf_counter()
     cache = read(model, ids[:-1], piece_windows * model.config.window_length, progress)
     read_seconds = perf_counter() - start
     output = model.generate(  # type: ignore[operator]  # torch's annotations hide the method
         ids[None, -1:],
-        # of the full length: it tells generate() that the ids continue the cache
+        # of the full length, so that generate() continues the cache
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=ids.device),
         cache=cache,
         max_new_tokens=max_new_tokens,
@@ -74,9 +74,9 @@ def read_and_continue(
     }
 
 
-@torch.no_grad()  # not inference mode: generate() goes on to write into the cache
+@torch.no_grad()  # not inference mode: generate() writes to the cache later
 def read(model: PreTrainedModel, ids: Tensor, piece_length: int, progress: bool) -> MelodiCache:
-    """The memory of a model that has read the ids."""
+    """Read the ids and return the cache."""
     cache = MelodiCache(model.config)
     bar = tqdm(
         desc="reading",
@@ -94,12 +94,12 @@ def read(model: PreTrainedModel, ids: Tensor, piece_length: int, progress: bool)
     return cache
 
 
-def refuse_unreadable(ids: Tensor, vocab_size: int) -> None:
+def check_ids(ids: Tensor, vocab_size: int) -> None:
     if ids.ndim != 1 or not len(ids):
-        raise ValueError(f"ids should be one row of at least one token; their shape is {ids.shape}")
+        raise ValueError(f"ids have shape {ids.shape}: pass one row of at least one token")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"the ids go from {low} to {high}, but the model's vocabulary is 0 to "
-            f"{vocab_size - 1}: were they encoded with another tokenizer?"
+            f"the ids range from {low} to {high}, but the model's vocabulary is 0 to "
+            f"{vocab_size - 1}: use the tokenizer of the model"
         )

@@ -1,16 +1,15 @@
-"""lm-evaluation-harness, with documents read through the memory to their end.
+"""The model `melodi` for lm-evaluation-harness, which reads whole documents with memory.
 
-The harness's own `hf` cuts a text that is longer than its `max_length` and reads each part as if it
-began there. `melodi` cuts nothing: a text goes through the model segment by segment, and only one
-segment's logits are held at a time.
+The model `hf` of the harness splits texts longer than `max_length` into independent parts. `melodi`
+reads the whole text segment by segment, with the logits of one segment in memory at a time.
 
     python -m melodi_hf.evaluation.harness run --model melodi --tasks wikitext \
         --model_args pretrained=runs/quickstart,segment_length=4096
 
-Everything else is as with `hf`, whose arguments it takes. Benchmarks of long documents want their
-length as metadata. BABILong comes from the Hub. Of RULER, niah_single_1 is made on the spot, given
-the packages of `pip install "lm_eval[ruler]"`; most of the others need essays or questions from the
-web, and a vocabulary in which their examples fit:
+All other arguments are those of `hf`. Benchmarks of long documents need their length as metadata.
+BABILong is downloaded from the Hub. Of RULER, niah_single_1 is generated locally and needs
+`pip install "lm_eval[ruler]"`; most others download essays or questions and need a large enough
+vocabulary for their examples:
 
     ... --tasks babilong_qa1 --metadata '{"max_seq_lengths": "4k"}'
     ... --tasks niah_single_1 --metadata '{"max_seq_lengths": [4096, 8192]}'
@@ -22,7 +21,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import melodi_hf  # noqa: F401  the Auto classes know our models from now on
+import melodi_hf  # noqa: F401  registers the models with the Auto classes
 from melodi_hf.evaluation.command_line import require_packages
 
 try:
@@ -41,16 +40,20 @@ NO_LIMIT = 10**12  # tokens
 
 @register_model("melodi")
 class MelodiLM(HFLM):
-    """segment_length: tokens that are read at once."""
+    """The model `melodi`.
+
+    Args:
+        segment_length: tokens per forward.
+    """
 
     def __init__(self, pretrained, *args, segment_length=4096, **kwargs):
         super().__init__(pretrained, *args, **kwargs)
         self.segment_length = int(segment_length)
-        refuse_settings(self.segment_length, self.batch_size, self._max_length)
+        check_settings(self.segment_length, self.batch_size, self._max_length)
 
     @property
     def max_length(self):
-        """There is no limit, so that the harness cuts nothing."""
+        """Return a length without limit, so that the harness does not truncate."""
         return NO_LIMIT
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
@@ -67,8 +70,10 @@ class MelodiLM(HFLM):
 
     @torch.inference_mode()
     def score(self, pairs):
-        """Pairs of (context, continuation) ids -> the log-probability of each continuation, and
-        whether each of its tokens was the most likely one."""
+        """Score pairs of (context, continuation) ids.
+
+        Returns the log-probability of each continuation, and whether greedy search gives it.
+        """
         rows = [torch.tensor([*context, *continuation]) for context, continuation in pairs]
         ids = pad_sequence(rows, batch_first=True)
         first = torch.tensor([len(context) - 1 for context, _ in pairs])[:, None]
@@ -86,7 +91,7 @@ class MelodiLM(HFLM):
         return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
     def read(self, ids, memory):
-        """Logits in float32, and the memory afterwards."""
+        """Return logits in float32 and the new memory."""
         half = self.mixed_precision_dtype
         with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
             output = self.model(ids, memory=memory, return_memory=True, use_cache=False)
@@ -97,15 +102,15 @@ class MelodiLM(HFLM):
         return super()._model_generate(context, max_length, stop, **kwargs)
 
 
-def refuse_settings(segment_length, batch_size, max_length):
+def check_settings(segment_length, batch_size, max_length):
     if segment_length < 1:
-        raise ValueError(f"segment_length is {segment_length}: it must be 1 or more")
+        raise ValueError(f"segment_length={segment_length}: pass 1 or more")
     if not isinstance(batch_size, int):
-        raise ValueError(f"batch_size is {batch_size!r}: give a number")
+        raise ValueError(f"batch_size={batch_size!r}: pass a number")
     if max_length is not None:
         raise ValueError(
-            f"max_length is {max_length}: melodi reads texts to their end; leave it out, or use "
-            "--model hf to have them cut"
+            f"max_length={max_length} is not supported, melodi reads whole texts: leave it out, or "
+            "use --model hf for truncation"
         )
 
 

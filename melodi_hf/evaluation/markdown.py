@@ -1,4 +1,4 @@
-"""Numbers as Markdown: tables, and how a number is written in a cell."""
+"""Markdown tables and the format of numbers in their cells."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ def with_interval(value: str, low: str | None = None, high: str | None = None) -
 
 
 def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; columns of numbers are set to the right."""
+    """Make a Markdown table; numeric columns are right-aligned."""
     rows = [list(row) for row in rows]
     for row in rows:
         if len(row) != len(headers):
@@ -34,13 +34,13 @@ def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
 
 
 def is_numeric(column: Sequence[Any]) -> bool:
-    """Whether a column holds numbers and blanks only."""
+    """Tell whether a column has only numbers and empty cells."""
     cells = [cell for cell in column if cell is not None]
     return bool(cells) and all(type(cell) in (int, float, Estimate) for cell in cells)
 
 
 def format_cell(cell: Any) -> str:
-    """Whole numbers in groups of three, others with three digits or more, nothing as a blank."""
+    """Format a cell: thousands separators, at least three digits, None as an empty cell."""
     if cell is None:
         return ""
     if type(cell) not in (int, float):
@@ -61,7 +61,7 @@ def percent(
 
 
 def seed_range(changes: Sequence[float]) -> str | None:
-    """The least and the greatest, if there are two."""
+    """Format the range of values; None for a single one."""
     if len(changes) < 2:
         return None
     return f"{percent(min(changes), form='+.1f')} to {percent(max(changes), form='+.1f')}"

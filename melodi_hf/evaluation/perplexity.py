@@ -1,21 +1,22 @@
-"""Perplexity of whole documents, read through a memory from their first token to their last.
+"""Compute the perplexity of whole documents, read with memory.
 
-Every token is scored once, the first one from the start token. All settings read the same windows:
+Every token is scored once, the first one after the start token. All settings read the same windows:
 
-    carried     the memory goes from each window to the next, as in training
-    emptied     the memory is emptied before every window: each is read as if a document began there
-    short_off   the short-term memory is emptied before every window, the long-term one is carried
-    long_off    the long-term memory is emptied before every window, the short-term one is carried
-    queue_4     before every window, the long-term memory keeps what the newest 4 windows left
+    carried     the memory is carried from window to window, as in training
+    emptied     the memory is reset before every window
+    short_off   the short-term memory is reset before every window, the long-term one is carried
+    long_off    the long-term memory is reset before every window, the short-term one is carried
+    queue_4     the long-term memory keeps only the entries of the newest 4 windows
 
-What is taken out is hidden if the model hides empty slots: then a shorter queue is that of a model
-built with fewer windows. Else it is zeros which are attended to, as where a document begins.
+Removed entries are masked if the model masks empty slots; a shorter queue then equals that of a
+model with fewer windows. Otherwise they are zeros that are attended to, as at the start of a
+document.
 
-What a memory is worth is the part of the perplexity that it takes away, 1 - carried / emptied.
-Perplexity per word is that of PG-19, exp(total NLL / words between blanks), which compares models
-of different tokenizers, as bits per byte do. Intervals: see `intervals`.
+`worth` is the part by which the memory reduces the perplexity, 1 - carried / emptied. Perplexity
+per word is defined as for PG-19, exp(total NLL / number of words); like bits per byte it does not
+depend on the tokenizer. Intervals: see `intervals`.
 
-Only one segment per row is in memory at a time, so a document may be of any length.
+One segment per row is in memory at a time, so documents may have any length.
 """
 
 import math
@@ -38,22 +39,22 @@ from transformers import PreTrainedModel
 from melodi_hf.data.segments import IGNORED, Segments
 from melodi_hf.data.tokens import EncodedDocument
 from melodi_hf.evaluation.intervals import (
-    FEWEST,
+    MIN_DOCUMENTS,
     describe_bootstrap,
     interval,
     resample,
 )
-from melodi_hf.models.adapters import unwrap_decoder
+from melodi_hf.models.memory_file import unwrap_decoder
 
-QUEUE = re.compile(r"queue_([1-9]\d*)")
-QUEUES = (1, 4, 16, 64)  # windows, for those who ask for all settings
+QUEUE_PATTERN = re.compile(r"queue_([1-9]\d*)")
+QUEUE_WINDOWS = (1, 4, 16, 64)  # windows, for the settings "all"
 PER = {"perplexity_per_token": "tokens", "perplexity_per_word": "words", "bits_per_byte": "bytes"}
 
 Sums = Mapping[str, Any]
 
 
 class Batch(NamedTuple):
-    """One segment of each row, and where in the documents it belongs."""
+    """One segment per row, and its position in the documents."""
 
     input_ids: Tensor  # B T
     shift_labels: Tensor  # B T
@@ -71,25 +72,25 @@ def evaluate_perplexity(
     num_rows: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score every token of the documents; the result is ready for JSON.
+    """Score every token of the documents; return the results as JSON data.
 
     start_id: the token before each document, usually eos.
-    settings: as above; `settings_of(model)` names all that differ for a model.
-    segment_windows: windows read in one forward where nothing is taken out between them.
-    num_rows: documents read side by side.
+    settings: as above; `list_settings(model)` returns all for a model.
+    segment_windows: windows per forward, in settings that do not reset between windows.
+    num_rows: batch size, in documents.
 
-    Raises ValueError for settings that are unknown, or take out what the model does not have, and
-    for documents that it cannot read.
+    Raises ValueError for settings that are unknown or do not apply to the model, and for documents
+    with invalid ids.
     """
     readers = check_settings(settings, model)
-    refuse_unreadable(documents, start_id, model.config.vocab_size)
+    check_documents(documents, start_id, model.config.vocab_size)
     window = model.config.window_length
     shape = {"segment_windows": segment_windows, "num_rows": num_rows}
     result: dict[str, Any] = {"window_length": window, **shape, "documents": len(documents)}
-    result |= totals(documents)
+    result |= count_units(documents)
     result["bootstrap"] = describe_bootstrap(len(documents))
     tallies, seconds = {}, {}
-    with evaluating(model):
+    with evaluation_mode(model):
         for setting, read in readers.items():
             tally, start = Tally(documents, window), perf_counter()
             with progress_bar(setting, result["tokens"], progress) as report:
@@ -100,79 +101,78 @@ def evaluate_perplexity(
     return result
 
 
-def windows_kept(model) -> dict[str, float]:
+def memory_windows(model) -> dict[str, float]:
     return unwrap_decoder(model).windows_kept()
 
 
-def settings_of(model: PreTrainedModel) -> list[str]:
-    """All settings that differ for this model, by the memories that it has."""
-    kept = windows_kept(model)
+def list_settings(model: PreTrainedModel) -> list[str]:
+    """List the settings that apply to the memories of a model."""
+    available = memory_windows(model)
     names = ["carried", "emptied"]
-    if {"short", "long"} <= kept.keys():
+    if {"short", "long"} <= available.keys():
         names += ["short_off", "long_off"]
-    windows = kept.get("long", 0)
-    return names + [f"queue_{n}" for n in QUEUES if n < windows < math.inf]
+    windows = available.get("long", 0)
+    return names + [f"queue_{n}" for n in QUEUE_WINDOWS if n < windows < math.inf]
 
 
-def reader(setting: str) -> Callable:
-    """How documents are read in a setting, by its name."""
-    queue = QUEUE.fullmatch(setting)
+def get_reader(setting: str) -> Callable:
+    """Return the function that reads documents in a setting."""
+    queue = QUEUE_PATTERN.fullmatch(setting)
     if queue:
-        return partial(read_forgetting, windows={"long": int(queue[1])})
+        return partial(read_truncated, windows={"long": int(queue[1])})
     if setting not in READERS:
-        raise ValueError(f"setting {setting!r} should be one of {sorted(READERS)}, or queue_N")
+        raise ValueError(f"unknown setting {setting!r}: choose from {sorted(READERS)} and queue_N")
     return READERS[setting]
 
 
 def read_carried(model, documents, tally, report, *, start_id, segment_windows, num_rows):
-    """Rows read documents side by side, each row's memory going from segment to segment."""
+    """Read documents in rows, with the memory carried from segment to segment."""
     length, rows = segment_windows * model.config.window_length, min(num_rows, len(documents))
     memory = None
     for batch in batches(model, documents, length, rows, rows, start_id):
-        nll, memory = score(model, batch, memory=memory, reset_memory=batch.reset_memory)
+        nll, memory = score_batch(model, batch, memory=memory, reset_memory=batch.reset_memory)
         report(*tally.add(batch, nll))
 
 
-def read_forgetting(
+def read_truncated(
     model, documents, tally, report, *, windows, start_id, segment_windows, num_rows
 ):
-    """As carried, window by window; before each, of every kind of memory in `windows` no more is
-    kept than what so many windows left."""
+    """Read window by window; before each, truncate each memory in `windows` to so many windows."""
     length, rows = model.config.window_length, min(num_rows, len(documents))
     memory = None
     for batch in batches(model, documents, length, rows, rows, start_id):
         if memory is not None:
             memory = unwrap_decoder(model).forget(memory, **windows)
-        nll, memory = score(model, batch, memory=memory, reset_memory=batch.reset_memory)
+        nll, memory = score_batch(model, batch, memory=memory, reset_memory=batch.reset_memory)
         report(*tally.add(batch, nll))
 
 
 def read_emptied(model, documents, tally, report, *, start_id, segment_windows, num_rows):
-    """Windows are rows of their own: none has a past, so any number can be read at once."""
+    """Read windows as independent rows, without memory."""
     length, size = model.config.window_length, segment_windows * num_rows
     for batch in batches(model, documents, length, 1, size, start_id):
-        nll, _ = score(model, batch, memory=None, reset_memory=None)
+        nll, _ = score_batch(model, batch, memory=None, reset_memory=None)
         report(*tally.add(batch, nll))
 
 
 READERS: dict[str, Callable] = {
     "carried": read_carried,
     "emptied": read_emptied,
-    "short_off": partial(read_forgetting, windows={"short": 0}),
-    "long_off": partial(read_forgetting, windows={"long": 0}),
+    "short_off": partial(read_truncated, windows={"short": 0}),
+    "long_off": partial(read_truncated, windows={"long": 0}),
 }
 
 
 def batches(model, documents, length, rows, size, start_id) -> Iterator[Batch]:
-    """Segments of `length` in `rows`, `size` at once, cut behind the last window that is scored."""
-    # The longest first, which leaves the least padding at the end of the rows.
+    """Yield segments of `length` in `rows` rows, `size` at a time, without trailing padding."""
+    # The longest first, for the least padding at the end of the rows.
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i].ids))
     segments = Segments(
         [documents[i] for i in order],
         segment_length=length,
         num_rows=rows,
         start_id=start_id,
-        pad_id=start_id,  # any id will do: no score sees what stands behind a document's end
+        pad_id=start_id,  # any id: tokens after the end of a document are not scored
         seed=None,
     )
     device, window = next(model.parameters()).device, model.config.window_length
@@ -192,8 +192,8 @@ def batches(model, documents, length, rows, size, start_id) -> Iterator[Batch]:
         )
 
 
-def score(model, batch: Batch, memory, reset_memory) -> tuple[Tensor, Any]:
-    """The negative log-likelihood of each target, 0 where none is, and the memory afterwards."""
+def score_batch(model, batch: Batch, memory, reset_memory) -> tuple[Tensor, Any]:
+    """Return the NLL of each target (0 without a target) and the new memory."""
     out = model(
         batch.input_ids,
         memory=memory,
@@ -201,7 +201,7 @@ def score(model, batch: Batch, memory, reset_memory) -> tuple[Tensor, Any]:
         return_memory=True,
         use_cache=False,
     )
-    # row by row, so that the float32 copy of the logits is one row's
+    # row by row, to limit the float32 copy of the logits
     nll = [
         F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
         for logits, labels in zip(out.logits, batch.shift_labels, strict=True)
@@ -219,7 +219,7 @@ class Tally:
         self.tokens = np.zeros(self.nll.shape, dtype=np.int64)
 
     def add(self, batch: Batch, nll: Tensor) -> tuple[int, float]:
-        """Take in a batch's scores; how many tokens they were, and their sum."""
+        """Add the scores of a batch; return the number of tokens and the sum of their NLL."""
         values = nll.double().cpu().numpy()
         scored = (batch.shift_labels != IGNORED).sum(1).tolist()
         for place, row, count in zip(batch.places, values, scored, strict=True):
@@ -235,15 +235,15 @@ class Tally:
         self.tokens[document] += np.bincount(bins, minlength=count)
 
     def check(self) -> None:
-        """The tokens must be all of them, each once."""
-        scored, tokens = int(self.tokens.sum()), totals(self.documents)["tokens"]
+        """Check that every token was scored once."""
+        scored, tokens = int(self.tokens.sum()), count_units(self.documents)["tokens"]
         assert scored == tokens, f"{scored} tokens scored of {tokens}"
 
 
 def summaries(tallies: Mapping[str, Tally], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The numbers of each setting."""
+    """Compute the metrics of each setting."""
     first = next(iter(tallies.values()))
-    counts, documents = totals(first.documents), first.documents
+    counts, documents = count_units(first.documents), first.documents
     by_position: dict[str, Any] = {name: tally.nll for name, tally in tallies.items()}
     by_position["tokens"] = first.tokens
     whole = {name: table.sum(1) for name, table in by_position.items()}
@@ -255,7 +255,7 @@ def summaries(tallies: Mapping[str, Tally], seconds: Mapping[str, float]) -> dic
         found[name] = {
             "nll": nll,
             **counts,
-            **measured(name, whole, PER),
+            **setting_with_intervals(name, whole, PER),
             "seconds": seconds[name],
             "tokens_per_second": counts["tokens"] / seconds[name],
             "by_position": position_rows(name, tally.edges, by_position),
@@ -265,7 +265,7 @@ def summaries(tallies: Mapping[str, Tally], seconds: Mapping[str, float]) -> dic
 
 
 def position_rows(name: str, edges: np.ndarray, sums: Sums) -> list[dict[str, Any]]:
-    """A setting's numbers at each position; sums: documents x positions."""
+    """Compute the metrics of a setting by position; sums: documents x positions."""
     rows = []
     for i, (low, high) in enumerate(pairwise(edges)):
         reaching = sums["tokens"][:, i] > 0
@@ -276,7 +276,7 @@ def position_rows(name: str, edges: np.ndarray, sums: Sums) -> list[dict[str, An
                 "to": int(high),
                 "tokens": int(here["tokens"].sum()),
                 "nll": float(here[name].sum()),
-                **measured(name, here, {"perplexity": "tokens"}),
+                **setting_with_intervals(name, here, {"perplexity": "tokens"}),
             }
         )
     return rows
@@ -295,28 +295,27 @@ def document_rows(tally: Tally) -> list[dict[str, Any]]:
     ]
 
 
-def measured(name: str, sums: Sums, per: Mapping[str, str]) -> dict[str, Any]:
-    """What is told of a setting, and the interval of each number if there are enough documents.
+def setting_with_intervals(name: str, sums: Sums, per: Mapping[str, str]) -> dict[str, Any]:
+    """Compute the metrics of a setting, with intervals if there are enough documents.
 
-    sums: the NLL of each setting and the units that it is divided by, (documents,) each.
+    sums: the NLL of each setting and the unit counts, (documents,) each.
     """
     totals = {key: np.sum(each) for key, each in sums.items()}
     found: dict[str, Any] = {
         key: float(value) if totals[per.get(key, "tokens")] else None
-        for key, value in measures(name, totals, per).items()
+        for key, value in setting_metrics(name, totals, per).items()
     }
     found["intervals"] = {}
-    if len(sums["tokens"]) >= FEWEST:
-        drawn = measures(name, resample(sums), per)
+    if len(sums["tokens"]) >= MIN_DOCUMENTS:
+        drawn = setting_metrics(name, resample(sums), per)
         found["intervals"] = {key: interval(values) for key, values in drawn.items()}
     return found
 
 
-def measures(name: str, sums: Sums, per: Mapping[str, str]) -> dict[str, Any]:
-    """Perplexities of a setting; its `worth`, the part of the perplexity that is taken away by what
-    it leaves of the memory; and the part by which it is above that of the whole memory.
+def setting_metrics(name: str, sums: Sums, per: Mapping[str, str]) -> dict[str, Any]:
+    """Compute the perplexities of a setting, its `worth`, and its increase over "carried".
 
-    sums: of all documents, or (resamples,) of those that were drawn.
+    sums: totals over all documents, or (resamples,) of the bootstrap.
     """
     nll = sums[name]
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -334,15 +333,15 @@ def measures(name: str, sums: Sums, per: Mapping[str, str]) -> dict[str, Any]:
 
 
 def position_edges(window_length: int, longest: int) -> np.ndarray:
-    """0, W, 2W, 4W, 8W ... until the longest document ends."""
+    """Return the edges 0, W, 2W, 4W, 8W ... up to the longest document."""
     edges = [0, window_length]
     while edges[-1] < longest:
         edges.append(2 * edges[-1])
     return np.array(edges)
 
 
-def totals(documents: Sequence[EncodedDocument]) -> dict[str, int]:
-    """What all documents hold together."""
+def count_units(documents: Sequence[EncodedDocument]) -> dict[str, int]:
+    """Count the tokens, words and bytes of all documents."""
     return {
         "tokens": sum(len(d.ids) for d in documents),
         "words": sum(d.num_words for d in documents),
@@ -351,7 +350,7 @@ def totals(documents: Sequence[EncodedDocument]) -> dict[str, int]:
 
 
 def perplexity(nll: float, count: int) -> float | None:
-    """exp(NLL / count); nothing for a count of nothing, infinity beyond the range of floats."""
+    """Return exp(NLL / count); None for a count of 0, infinity on overflow."""
     if not count:
         return None
     try:
@@ -361,8 +360,8 @@ def perplexity(nll: float, count: int) -> float | None:
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout and no gradients inside; the mode as it was outside."""
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Disable dropout and gradients; restore the mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -374,7 +373,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(setting: str, total: int, shown: bool) -> Iterator[Callable[[int, float], None]]:
-    """A bar in tokens, with their speed and the perplexity of what was read so far."""
+    """Show a progress bar in tokens, with speed and running perplexity."""
     total_tokens, total_nll = 0, 0.0
     bar = tqdm(
         desc=setting,
@@ -398,39 +397,43 @@ def progress_bar(setting: str, total: int, shown: bool) -> Iterator[Callable[[in
 
 
 def check_settings(settings: Sequence[str], model: PreTrainedModel) -> dict[str, Callable]:
-    """How each setting is read; refused are those that take out what the model does not have."""
+    """Return the reader of each setting; raise for settings that do not apply to the model."""
     if not settings:
-        raise ValueError(f"settings are missing: give some of {sorted(READERS)}, or queue_N")
-    readers = {name: reader(name) for name in settings}
+        raise ValueError(f"settings is empty: choose from {sorted(READERS)} and queue_N")
+    readers = {name: get_reader(name) for name in settings}
     for setting, read in readers.items():
         for kind, windows in getattr(read, "keywords", {}).get("windows", {}).items():
-            kept = windows_kept(model)
-            if kind not in kept:
+            available = memory_windows(model)
+            if kind not in available:
                 raise ValueError(
-                    f"setting {setting!r} takes out {kind}-term memory, of which this model has "
-                    "none: leave the setting out, or ask for all that the model has"
+                    f"setting {setting!r} needs a {kind}-term memory, which this model does not "
+                    "have: leave it out, or use list_settings(model)"
                 )
-            if windows > 0 and kept[kind] == math.inf:
+            if windows > 0 and available[kind] == math.inf:
                 raise ValueError(
                     f"setting {setting!r} keeps {windows} windows, but the {kind}-term memory of "
-                    f"this model sums up the whole past: ask for {kind}_off, or for all that the "
-                    "model has"
+                    f"this model is a summary of the whole past: use {kind}_off, or "
+                    "list_settings(model)"
                 )
     return readers
 
 
-def refuse_unreadable(documents: Sequence[EncodedDocument], start_id: int, vocab_size: int) -> None:
-    """Say which document cannot be scored, and why, before any time is spent."""
+def check_documents(documents: Sequence[EncodedDocument], start_id: int, vocab_size: int) -> None:
+    """Raise ValueError for documents that cannot be scored."""
     if not documents:
-        raise ValueError("there are no documents to score")
+        raise ValueError("documents is empty: pass at least one document to score")
     if not 0 <= start_id < vocab_size:
-        raise ValueError(f"start_id {start_id} is outside the model's vocabulary of {vocab_size}")
+        raise ValueError(
+            f"start_id {start_id} is outside the model's vocabulary of {vocab_size}: use its eos id"
+        )
     for document in documents:
         if not len(document.ids):
-            raise ValueError(f"document {document.id!r} is empty: it has no token to score")
+            raise ValueError(
+                f"document {document.id!r} is empty: pass documents of at least one token"
+            )
         low, high = int(document.ids.min()), int(document.ids.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"document {document.id!r} has ids from {low} to {high}, but the model's "
-                f"vocabulary is 0 to {vocab_size - 1}: was it encoded with another tokenizer?"
+                f"vocabulary is 0 to {vocab_size - 1}: use the tokenizer of the model"
             )

@@ -1,11 +1,11 @@
-"""Plots from the JSON of runs: perplexity by position and by size of the memory, losses, variants.
+"""Plot the JSON of runs: perplexity by position and memory size, losses, variants.
 
     python -m melodi_hf.evaluation.plots runs/quickstart/results.json --output plots
     python -m melodi_hf.evaluation.plots both-0.json both-1.json none-0.json --output plots
 
-The first draws what one run tells. The second compares several runs, whose variants and seeds stand
-in their files or in the names of these (`variants.read_run`). All plots are written as PNG and as
-SVG with selectable text, at the width of a README.
+The first command plots one run. The second compares several runs; variant and seed are read from
+the files or their names (`variants.read_run`). All plots are written as PNG and as SVG with
+selectable text, at the width of a README.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from melodi_hf.evaluation.command_line import FAILURES, one_line, output_folder,
 from melodi_hf.evaluation.variants import (
     Run,
     by_variant,
-    edges,
     log_perplexity_by_position,
+    position_edges,
     read_run,
 )
 
@@ -36,19 +36,28 @@ COLORS = {
     "short_off": "#7a4fa3",
     "long_off": "#a8870f",
 }
-WORDS = {
+SETTING_LABELS = {
     "carried": "memory carried",
     "emptied": "memory emptied",
     "short_off": "without short-term",
     "long_off": "without long-term",
 }
-CYCLE = ("#1f5fa8", "#c2571a", "#2e8b57", "#7a4fa3", "#a8870f", "#b03060", "#4a8fb5", "#666666")
-INK = "#444444"
+COLOR_CYCLE = (
+    "#1f5fa8",
+    "#c2571a",
+    "#2e8b57",
+    "#7a4fa3",
+    "#a8870f",
+    "#b03060",
+    "#4a8fb5",
+    "#666666",
+)
+TEXT_COLOR = "#444444"
 LABEL_GAP = 11  # points from line to line
 
 
 class Label(NamedTuple):
-    """Words beside the end of a line."""
+    """A label at the end of a line."""
 
     y: float
     text: str
@@ -56,9 +65,10 @@ class Label(NamedTuple):
 
 
 def plot_by_position(evaluation: dict[str, Any], path: str | Path) -> list[Path]:
-    """One line per setting over the logarithm of the position; the two files written.
+    """Plot perplexity by position, one line per setting; return the files.
 
-    Queues of different lengths have a plot of their own (`plot_by_memory_size`)."""
+    Shorter queues have a separate plot (`plot_by_memory_size`).
+    """
     figure, axes = new_figure("tokens into the document", "perplexity per token")
     window, labels, ends = evaluation["window_length"], [], []
     for name, color in COLORS.items():
@@ -66,39 +76,43 @@ def plot_by_position(evaluation: dict[str, Any], path: str | Path) -> list[Path]
             continue
         by_position = evaluation["settings"][name]["by_position"]
         bins = [each for each in by_position if each["tokens"]]
-        middles = middles_of([each["from"] for each in bins], [each["to"] for each in bins], window)
+        middles = bin_centers(
+            [each["from"] for each in bins], [each["to"] for each in bins], window
+        )
         values = [each["perplexity"] for each in bins]
         axes.plot(middles, values, color=color, marker="o", markersize=4, linewidth=1.8)
-        labels.append(Label(values[-1], WORDS[name], color))
+        labels.append(Label(values[-1], SETTING_LABELS[name], color))
         ends = [each["to"] for each in bins]
-    mark_edges(axes, ends)
+    set_bin_ticks(axes, ends)
     write_labels(figure, axes, labels)
     return save(figure, path)
 
 
-def windows_left(setting: str) -> int:
-    """The windows that a setting such as queue_4 leaves in the long-term memory."""
+def queue_windows(setting: str) -> int:
+    """Return the number of windows that a setting such as queue_4 keeps."""
     return int(setting.removeprefix("queue_"))
 
 
-def middles_of(low: Any, high: Any, window: float) -> np.ndarray:
-    """Of bins, on the logarithmic axis; the first begins at 0, which that axis lacks."""
+def bin_centers(low: Any, high: Any, window: float) -> np.ndarray:
+    """Return the centers of bins on a logarithmic axis; the first bin begins at 0."""
     return np.sqrt(np.maximum(low, window / 2) * np.array(high))
 
 
 def plot_by_memory_size(evaluation: dict[str, Any], path: str | Path) -> list[Path]:
-    """Perplexity over the windows that are left in the long-term memory, and without it; the two
-    files written. The bars are the intervals of the differences from the memory carried."""
+    """Plot perplexity by the number of windows kept in the long-term memory; return the files.
+
+    Error bars are the intervals of the differences from "carried".
+    """
     figure, axes = new_figure("windows kept in the long-term memory", "perplexity per token")
     settings = evaluation["settings"]
-    queues = sorted((name for name in settings if name.startswith("queue_")), key=windows_left)
+    queues = sorted((name for name in settings if name.startswith("queue_")), key=queue_windows)
     names = [*(["long_off"] if "long_off" in settings else []), *queues, "carried"]
     values = [settings[name]["perplexity_per_token"] for name in names]
     places = range(len(names))
     axes.errorbar(
         places,
         values,
-        yerr=bars(settings, names),
+        yerr=error_bars(settings, names),
         color=COLORS["carried"],
         marker="o",
         markersize=4,
@@ -106,27 +120,27 @@ def plot_by_memory_size(evaluation: dict[str, Any], path: str | Path) -> list[Pa
         elinewidth=1.2,
         capsize=3,
     )
-    axes.set_xticks(places, [size_words(name) for name in names])
+    axes.set_xticks(places, [queue_label(name) for name in names])
     axes.margins(x=0.06)
     labels = []
     for name in ("short_off", "emptied"):
         if name in settings:
             value = settings[name]["perplexity_per_token"]
             axes.axhline(value, color=COLORS[name], linewidth=1.2, linestyle=(0, (4, 3)))
-            labels.append(Label(value, WORDS[name], COLORS[name]))
-    labels.append(Label(values[-1], WORDS["carried"], COLORS["carried"]))
+            labels.append(Label(value, SETTING_LABELS[name], COLORS[name]))
+    labels.append(Label(values[-1], SETTING_LABELS["carried"], COLORS["carried"]))
     write_labels(figure, axes, labels)
     return save(figure, path)
 
 
-def size_words(setting: str) -> str:
+def queue_label(setting: str) -> str:
     if setting.startswith("queue_"):
-        return str(windows_left(setting))
+        return str(queue_windows(setting))
     return {"long_off": "none", "carried": "all"}[setting]
 
 
-def bars(settings: Mapping[str, dict[str, Any]], names: Sequence[str]) -> np.ndarray:
-    """How far the interval of each reaches down and up, in perplexity: (2, names)."""
+def error_bars(settings: Mapping[str, dict[str, Any]], names: Sequence[str]) -> np.ndarray:
+    """Return the lengths of the error bars down and up, in perplexity: (2, names)."""
     whole = settings["carried"]["perplexity_per_token"]
     lengths = []
     for name in names:
@@ -137,15 +151,15 @@ def bars(settings: Mapping[str, dict[str, Any]], names: Sequence[str]) -> np.nda
     return np.maximum(np.array(lengths).T, 0)
 
 
-def mark_edges(axes: "Axes", ends: Sequence[int]) -> None:
-    """Ticks where one bin ends and the next begins, the first of them the window's length."""
+def set_bin_ticks(axes: "Axes", ends: Sequence[int]) -> None:
+    """Set ticks at the ends of the bins, of which the first is the window length."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ends, [short(end) for end in ends])
+    axes.set_xticks(ends, [format_tokens(end) for end in ends])
     axes.minorticks_off()
 
 
-def short(number: float) -> str:
-    """512, 4K, 64K, 1.5M: binary thousands, as windows are counted."""
+def format_tokens(number: float) -> str:
+    """Format in binary thousands: 512, 4K, 64K, 1.5M."""
     for size, letter in ((2**20, "M"), (2**10, "K")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
@@ -153,9 +167,9 @@ def short(number: float) -> str:
 
 
 def plot_loss(history: Sequence[dict[str, Any]], path: str | Path) -> list[Path]:
-    """The training loss over the tokens read, with its running mean; the two files written."""
+    """Plot the training loss and its running mean by tokens; return the files."""
     figure, axes = new_figure("million tokens read", "loss, nats per token")
-    tokens, losses = curve(history)
+    tokens, losses = loss_curve(history)
     axes.plot(tokens, losses, color=COLORS["carried"], linewidth=1, alpha=0.35)
     middles, means = running_mean(tokens, losses)
     axes.plot(middles, means, color=COLORS["carried"], linewidth=1.8)
@@ -163,32 +177,34 @@ def plot_loss(history: Sequence[dict[str, Any]], path: str | Path) -> list[Path]
     return save(figure, path)
 
 
-def curve(history: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Million tokens read and losses."""
+def loss_curve(history: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return million tokens read and losses."""
     tokens = np.array([each["tokens"] for each in history]) / 1e6
     return tokens, np.array([each["loss"] for each in history])
 
 
 def running_mean(tokens: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Over a twentieth of the run: where, and the mean of what lies around."""
+    """Average over a twentieth of the run; return positions and means."""
     span = max(1, len(losses) // 20)
     means = np.convolve(losses, np.ones(span) / span, mode="valid")
     return tokens[span // 2 :][: len(means)], means
 
 
 def plot_losses(runs: Sequence[Run], path: str | Path) -> list[Path]:
-    """Running means of the training losses: one thin line per run, one colour per variant."""
+    """Plot the running means of losses: one thin line per run, one colour per variant."""
     figure, axes = new_figure("million tokens read", "loss, nats per token")
     labels, lines = [], []
-    for color, (name, of_variant) in zip(cycle(CYCLE), by_variant(runs).items(), strict=False):
+    for color, (name, of_variant) in zip(
+        cycle(COLOR_CYCLE), by_variant(runs).items(), strict=False
+    ):
         ends = []
         for run in of_variant:
-            middles, means = running_mean(*curve(run.history))
+            middles, means = running_mean(*loss_curve(run.history))
             axes.plot(middles, means, color=color, linewidth=1.2, alpha=0.8)
             ends.append(means[-1])
             lines.append(means)
         labels.append(Label(float(np.mean(ends)), name, color))
-    # What is compared is the end; the fall of the first quarter would press it flat.
+    # Leave out the first quarter, whose decrease would hide the differences at the end.
     axes.set_xlim(left=middles[len(middles) // 4])
     highest = max(means[len(means) // 4] for means in lines)
     axes.set_ylim(min(means.min() for means in lines) - 0.05, highest + 0.05)
@@ -197,14 +213,15 @@ def plot_losses(runs: Sequence[Run], path: str | Path) -> list[Path]:
 
 
 def plot_variants_by_position(runs: Sequence[Run], path: str | Path) -> list[Path]:
-    """Perplexity by position, one line per variant: the mean over its seeds, in a band from the
-    lowest seed to the highest; the two files written."""
+    """Plot perplexity by position: mean and range over seeds of each variant; return the files."""
     return plot_bands(runs, path, "perplexity per token", lambda losses, base: np.exp(losses))
 
 
 def plot_differences_by_position(runs: Sequence[Run], path: str | Path) -> list[Path]:
-    """As `plot_variants_by_position`, in percent above the first variant, seed by seed where the
-    seeds are the same; the two files written."""
+    """Plot the increase over the first variant in percent, by position; return the files.
+
+    Seeds are paired if the variants have the same ones.
+    """
     first = next(iter(by_variant(runs)))
 
     def above(losses, base):
@@ -217,32 +234,35 @@ def plot_differences_by_position(runs: Sequence[Run], path: str | Path) -> list[
 def plot_bands(
     runs: Sequence[Run], path: str | Path, y_label: str, shown: Callable[..., np.ndarray]
 ) -> list[Path]:
-    """shown: NLL per token (seeds x positions) and that of the first variant -> what is drawn."""
+    """Plot a band per variant.
+
+    shown: maps NLL per token (seeds x positions) and that of the first variant to plotted values.
+    """
     figure, axes = new_figure("tokens into the document", y_label)
     variants = by_variant(sorted_by_seed(runs))
-    ends = edges(variants)
-    middles = middles_of(ends[:-1], ends[1:], ends[1])
+    ends = position_edges(variants)
+    middles = bin_centers(ends[:-1], ends[1:], ends[1])
     losses = {name: log_perplexity_by_position(each) for name, each in variants.items()}
     base, labels = next(iter(losses.values())), []
-    for color, (name, each) in zip(cycle(CYCLE), losses.items(), strict=False):
+    for color, (name, each) in zip(cycle(COLOR_CYCLE), losses.items(), strict=False):
         values = shown(each, base)
         mean = values.mean(0)
         axes.fill_between(middles, values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
         axes.plot(middles, mean, color=color, marker="o", markersize=3.5, linewidth=1.6)
         labels.append(Label(mean[-1], name, color))
-    mark_edges(axes, ends[1:].tolist())
+    set_bin_ticks(axes, ends[1:].tolist())
     write_labels(figure, axes, labels)
     return save(figure, path)
 
 
 def sorted_by_seed(runs: Sequence[Run]) -> list[Run]:
-    """Each variant's runs by seed, the variants in the order given."""
+    """Sort the runs of each variant by seed, keeping the order of variants."""
     order = list(by_variant(runs))
     return sorted(runs, key=lambda run: (order.index(run.variant), run.seed or 0))
 
 
 def write_labels(figure: "Figure", axes: "Axes", labels: Sequence[Label]) -> None:
-    """Write words at the right of the lines, moved apart where these end close together."""
+    """Write labels to the right of the lines, moved apart if they would overlap."""
     notes = [
         axes.annotate(
             label.text,
@@ -255,20 +275,19 @@ def write_labels(figure: "Figure", axes: "Axes", labels: Sequence[Label]) -> Non
         )
         for label in labels
     ]
-    figure.draw_without_rendering()  # settles where in the figure the lines end
+    figure.draw_without_rendering()  # determines the positions of the line ends
     points = 72 / figure.dpi
     heights = [axes.transData.transform((0, each.y))[1] * points for each in labels]
     lowest = axes.bbox.y0 * points + LABEL_GAP / 2
-    free = apart(heights, LABEL_GAP, lowest)
+    free = spread_labels(heights, LABEL_GAP, lowest)
     for note, before, height in zip(notes, heights, free, strict=True):
         note.xyann = (4, height - before)
 
 
-def apart(heights: Sequence[float], gap: float, lowest: float) -> list[float]:
-    """The heights, moved as little as keeps each `gap` or more above the one below it, the first
-    above `lowest`."""
+def spread_labels(heights: Sequence[float], gap: float, lowest: float) -> list[float]:
+    """Move heights as little as possible so that they are `gap` apart and above `lowest`."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    groups: list[tuple[float, int]] = []  # centre and number of labels that touch
+    groups: list[tuple[float, int]] = []  # centre and number of adjacent labels
     for i in order:
         groups.append((heights[i], 1))
         while len(groups) > 1:
@@ -286,22 +305,22 @@ def apart(heights: Sequence[float], gap: float, lowest: float) -> list[float]:
 
 
 def new_figure(x_label: str, y_label: str) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure  # here, for readers who plot nothing
+    from matplotlib.figure import Figure  # imported here, since only plots need it
 
     figure = Figure(figsize=(7.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlabel(x_label, color=INK)
-    axes.set_ylabel(y_label, color=INK)
+    axes.set_xlabel(x_label, color=TEXT_COLOR)
+    axes.set_ylabel(y_label, color=TEXT_COLOR)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-    axes.tick_params(colors=INK)
+    axes.spines[["left", "bottom"]].set_color(TEXT_COLOR)
+    axes.tick_params(colors=TEXT_COLOR)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
 
 
 def save(figure: "Figure", path: str | Path) -> list[Path]:
-    """Write PNG and SVG; the same figure gives the same bytes."""
+    """Write PNG and SVG reproducibly, byte by byte."""
     from matplotlib import rc_context
 
     files = [Path(path).with_suffix(suffix) for suffix in (".png", ".svg")]
@@ -312,7 +331,7 @@ def save(figure: "Figure", path: str | Path) -> list[Path]:
 
 
 def plot_run(run: Run, folder: Path) -> list[Path]:
-    """All that one run tells."""
+    """Write all plots of one run."""
     files = plot_by_position(run.evaluation, folder / "perplexity_by_position")
     settings = run.evaluation["settings"]
     if "carried" in settings and any(name.startswith("queue_") for name in settings):
@@ -323,7 +342,7 @@ def plot_run(run: Run, folder: Path) -> list[Path]:
 
 
 def plot_runs(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """What several runs tell together."""
+    """Write the plots that compare several runs."""
     files = plot_variants_by_position(runs, folder / "variants_by_position")
     if len(by_variant(runs)) > 1:
         files += plot_differences_by_position(runs, folder / "differences_by_position")
@@ -333,7 +352,7 @@ def plot_runs(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw what the JSON of runs tells.")
+    parser = argparse.ArgumentParser(description="Plot the JSON of runs.")
     parser.add_argument("results", type=Path, nargs="+", help="JSON of training or evaluation")
     parser.add_argument("--output", type=output_folder, required=True, metavar="DIR")
     options = parser.parse_args(arguments)

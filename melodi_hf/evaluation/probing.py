@@ -1,14 +1,14 @@
-"""What a model answers to probes: right answers by distance, and what the fact was worth.
+"""Evaluate a model on probes: accuracy by distance, and the gain from the fact.
 
-A text of any length is read segment by segment through the memory, several side by side; choices
-are read from copies of the memory after it. For each distance there are
+Texts are read in batches, segment by segment with memory; choices are scored from copies of the
+memory after the text. For each distance:
 
-    accuracy            of choices: is the right one the likeliest; of tokens: the part of them that
-                        is the likeliest of the vocabulary, the answer's beginning being given
-    low, high           Wilson's interval of 95 % with the examples as trials; where one asks for
-                        several tokens it is wider than it need be, never narrower
-    nll, control_nll    of the right answer per token, with the fact and without
-    gain                their difference, with the 95 % interval of a bootstrap over examples
+    accuracy            with choices: the correct one has the highest probability; with tokens: part
+                        of them with the highest probability, given the preceding answer tokens
+    low, high           95 % Wilson interval with examples as trials; conservative if an answer has
+                        several tokens
+    nll, control_nll    of the correct answer per token, with and without the fact
+    gain                their difference, with a 95 % bootstrap interval over examples
 """
 
 import math
@@ -26,18 +26,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from melodi_hf.data.segments import IGNORED
-from melodi_hf.evaluation.perplexity import evaluating
-from melodi_hf.evaluation.probes import Example, Reading
+from melodi_hf.evaluation.perplexity import evaluation_mode
+from melodi_hf.evaluation.probes import Example, ProbeText
 
-DEVIATIONS = 1.96  # of a normal, on either side of 95 %
+Z_95 = 1.96  # 97.5 % quantile of the normal distribution
 RESAMPLES = 2000
 
 
 class Answer(NamedTuple):
-    """How well one example was answered at one distance."""
+    """The score of one example at one distance."""
 
     right: float  # 0 to 1
-    nll: float  # of the right answer, per token
+    nll: float  # of the correct answer, per token
 
 
 def evaluate_probe(
@@ -49,52 +49,52 @@ def evaluate_probe(
     progress: bool = True,
     name: str = "probe",
 ) -> list[dict[str, Any]]:
-    """One row for each distance, ready for JSON; `num_rows` texts are read side by side.
+    """Score examples; return one row per distance as JSON data.
 
-    Neither `segment_windows` nor `num_rows` changes what is found. Raises ValueError for ids that
-    the model does not know and for no examples.
+    `segment_windows` and `num_rows` (batch size) do not change the results. Raises ValueError for
+    ids outside the vocabulary and for no examples.
     """
-    refuse_unreadable(examples, model.config.vocab_size)
+    check_ids(examples, model.config.vocab_size)
     length = segment_windows * model.config.window_length
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].text.ids))
     found: dict[int, list[tuple[Answer, Answer]]] = defaultdict(list)
     total = sum(len(e.text.ids) + len(e.control.ids) for e in examples)
     bar = tqdm(desc=name, total=total, unit="tok", unit_scale=True, disable=not progress)
-    with evaluating(model), bar:
+    with evaluation_mode(model), bar:
         for first in range(0, len(order), num_rows):
             batch = [examples[i] for i in order[first : first + num_rows]]
-            texts = answers(model, batch, [e.text for e in batch], length, bar.update)
-            controls = answers(model, batch, [e.control for e in batch], length, bar.update)
+            texts = answer_examples(model, batch, [e.text for e in batch], length, bar.update)
+            controls = answer_examples(model, batch, [e.control for e in batch], length, bar.update)
             for text, control in zip(texts, controls, strict=True):
                 for distance, answer in text.items():
                     found[distance].append((answer, control[distance]))
     chances = [1 / len(e.choices) for e in examples if e.choices]
     chance = float(np.mean(chances)) if chances else None
-    return [summary(distance, found[distance], chance) for distance in sorted(found)]
+    return [summarize(distance, found[distance], chance) for distance in sorted(found)]
 
 
-def answers(model, examples, texts, length, report) -> list[dict[int, Answer]]:
-    """For each example its answers by distance."""
-    scores, memory = score(model, texts, None, length, report)
+def answer_examples(model, examples, texts, length, report) -> list[dict[int, Answer]]:
+    """Return the answers of each example by distance."""
+    scores, memory = score_texts(model, texts, None, length, report)
     if not examples[0].choices:
-        return [by_distance(text, *row) for text, row in zip(texts, scores, strict=True)]
+        return [answers_by_distance(text, *row) for text, row in zip(texts, scores, strict=True)]
     counts = torch.tensor([len(e.choices) for e in examples])
     choices = [choice for e in examples for choice in e.choices]
-    copies = rows_of(memory, torch.arange(len(examples)).repeat_interleave(counts))
-    scores, _ = score(model, choices, copies, length)
+    copies = select_rows(memory, torch.arange(len(examples)).repeat_interleave(counts))
+    scores, _ = score_texts(model, choices, copies, length)
     totals = torch.stack([nll.sum() for nll, _ in scores]).split(counts.tolist())
-    return [best(e, nll) for e, nll in zip(examples, totals, strict=True)]
+    return [score_choices(e, nll) for e, nll in zip(examples, totals, strict=True)]
 
 
-def best(example: Example, nll: Tensor) -> dict[int, Answer]:
-    """nll: of each choice, all its tokens together."""
+def score_choices(example: Example, nll: Tensor) -> dict[int, Answer]:
+    """Score the choices of an example by the total NLL of each."""
     right = example.choices[example.answer]
     count = int((right.targets != IGNORED).sum())
     chosen = float(nll.argmin() == example.answer)
     return {int(right.distances[-1]): Answer(chosen, float(nll[example.answer]) / count)}
 
 
-def by_distance(text: Reading, nll: Tensor, right: Tensor) -> dict[int, Answer]:
+def answers_by_distance(text: ProbeText, nll: Tensor, right: Tensor) -> dict[int, Answer]:
     distances = text.distances[text.targets != IGNORED]
     places = {int(d): torch.from_numpy(distances == d) for d in np.unique(distances)}
     return {
@@ -103,9 +103,8 @@ def by_distance(text: Reading, nll: Tensor, right: Tensor) -> dict[int, Answer]:
     }
 
 
-def score(model, texts: Sequence[Reading], memory, length: int, report=None):
-    """For each text the negative log-likelihood of its targets, and whether each was the likeliest
-    token; and the memory, each row's as it was behind its own last token."""
+def score_texts(model, texts: Sequence[ProbeText], memory, length: int, report=None):
+    """Score texts: return NLL and correctness of their targets, and the memory after each text."""
     device = model.device
     ids = pad_sequence([torch.from_numpy(text.ids) for text in texts], batch_first=True)
     targets = pad_sequence(
@@ -135,13 +134,13 @@ def score(model, texts: Sequence[Reading], memory, length: int, report=None):
 
 
 def score_row(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """logits: T V; wanted: T, IGNORED where this row is not asked."""
+    """Score the targets of a row; logits: T V; wanted: T, IGNORED without a target."""
     logits, wanted = logits[wanted != IGNORED], wanted[wanted != IGNORED]
     return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
 
 
-def rows_of(memory, rows: Tensor):
-    """The memory of some rows, in any order and number."""
+def select_rows(memory, rows: Tensor):
+    """Select rows of a memory, with repetition."""
 
     def choose(leaf):
         return leaf[rows.to(leaf.device)] if isinstance(leaf, Tensor) else leaf
@@ -149,12 +148,12 @@ def rows_of(memory, rows: Tensor):
     return tree_map(choose, memory)
 
 
-def summary(
+def summarize(
     distance: int, found: list[tuple[Answer, Answer]], chance: float | None
 ) -> dict[str, Any]:
     right, nll, control_right, control_nll = np.array(found).reshape(-1, 4).T
-    low, high = wilson(float(right.mean()), len(found))
-    gain_low, gain_high = bootstrap(control_nll - nll)
+    low, high = wilson_interval(float(right.mean()), len(found))
+    gain_low, gain_high = bootstrap_interval(control_nll - nll)
     return {
         "distance": distance,
         "examples": len(found),
@@ -171,29 +170,29 @@ def summary(
     }
 
 
-def wilson(part: float, count: int) -> tuple[float, float]:
-    """The interval of 95 % for a part of `count` trials (Wilson, 1927)."""
-    square = DEVIATIONS**2
+def wilson_interval(part: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a proportion of `count` trials (Wilson, 1927)."""
+    square = Z_95**2
     middle = (part + square / (2 * count)) / (1 + square / count)
     half = math.sqrt(part * (1 - part) / count + square / (4 * count**2)) / (1 + square / count)
-    return max(0.0, middle - DEVIATIONS * half), min(1.0, middle + DEVIATIONS * half)
+    return max(0.0, middle - Z_95 * half), min(1.0, middle + Z_95 * half)
 
 
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The interval of 95 % for the mean, by drawing as many with replacement again and again."""
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean."""
     drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(1)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)
 
 
-def refuse_unreadable(examples: Sequence[Example], vocab_size: int) -> None:
+def check_ids(examples: Sequence[Example], vocab_size: int) -> None:
     if not examples:
-        raise ValueError("there are no examples to probe with")
+        raise ValueError("examples is empty: pass at least one")
     texts = [text for e in examples for text in (e.text, e.control, *e.choices)]
     low = min(int(text.ids.min()) for text in texts)
     high = max(int(max(text.ids.max(), text.targets.max())) for text in texts)
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"the probe has ids from {low} to {high}, but the model's vocabulary is 0 to "
-            f"{vocab_size - 1}: was it made with another tokenizer?"
+            f"{vocab_size - 1}: make it with the tokenizer of the model"
         )

@@ -1,9 +1,9 @@
-"""What the systems are, side by side: what is carried, how much, at what cost, from which paper.
+"""Write the page of systems: what each carries, its size and cost, and its paper.
 
     python -m melodi_hf.evaluation.systems model_cards/systems.md
 
-Words and papers' figures stand in systems.json, which cards and tables read too; numbers of floats,
-bytes and FLOPs are computed from the configurations.
+Text and published numbers are read from systems.json, which cards and tables use too. Floats, bytes
+and FLOPs are computed from the configurations.
 """
 
 import argparse
@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-import melodi_hf  # noqa: F401  makes our configurations known to CONFIG_MAPPING
+import melodi_hf  # noqa: F401  registers the models in CONFIG_MAPPING
 from melodi_hf.evaluation.command_line import output_file
 from melodi_hf.evaluation.markdown import markdown_table
-from melodi_hf.models.costs import forward_flops, held_bytes
 
 FILE = Path(__file__).with_name("systems.json")
-MODELS = "../melodi_hf/models"  # as seen from the page
+MODELS = "../melodi_hf/models"  # relative to the page
 SEGMENT = 4096  # tokens, as in MELODI's paper
 BFLOAT16 = 2  # bytes
 
@@ -31,17 +30,17 @@ INTRODUCTION = f"""\
 Written by `python -m melodi_hf.evaluation.systems model_cards/systems.md` from
 `melodi_hf/evaluation/systems.json` and the configurations.
 
-All systems stand on one skeleton: RMS norm, keys and queries of unit length with a temperature per
-head, T5's relative positions, no token attends to itself, tied embeddings. Numbers are those of the
-papers' size, layers of 1024 channels and windows of 512 tokens. Floats are what a row carries from
-window to window, counted as the papers count; bytes are what generation holds for a row in
-bfloat16, the open window included; FLOPs are those of reading a token, forward, in segments of
-{SEGMENT:,} tokens with all memory filled, the head over T5's vocabulary included.
+All systems share one decoder: RMS norm, keys and queries of unit length with a temperature per
+head, T5's relative positions, no token attends to itself, tied embeddings. Numbers are for the
+papers' size, layers of 1024 channels and windows of 512 tokens. Floats: the memory that a row
+carries from window to window, counted as in the papers. Bytes: the cache of one row during
+generation in bfloat16, including the current window. FLOPs: forward, per token, in segments of
+{SEGMENT:,} tokens with full memory, including the head over T5's vocabulary.
 """
 
 
 class Published(NamedTuple):
-    """A perplexity that a paper tells."""
+    """A perplexity published in a paper."""
 
     model: str
     perplexity: float
@@ -51,7 +50,7 @@ class Published(NamedTuple):
 
 
 class Size(NamedTuple):
-    """A model of a paper: the fields of its configuration, and the floats that the paper prints."""
+    """A model of a paper: its configuration, and the memory size that the paper reports."""
 
     model: dict[str, Any]
     printed: float | None  # million
@@ -62,11 +61,11 @@ class System(NamedTuple):
 
     name: str
     carries: str  # from one window to the next
-    memory: str  # what cards call it
-    reaches: str  # on cards; {config.window_length} stands for the field
+    memory: str  # its name on cards
+    reaches: str  # on cards; fields such as {config.window_length} are filled in
     paper: str
     code: list[str]  # files in models/
-    released: str  # by the papers' authors
+    released: str  # code by the papers' authors
     differs: list[str]  # from the paper
     sizes: dict[str, Size]
     published: list[Published]
@@ -74,43 +73,45 @@ class System(NamedTuple):
 
 @cache
 def read_systems() -> dict[str, System]:
-    """All systems by their model type, in the order of pages and tables."""
-    return {name: system_of(given) for name, given in json.loads(FILE.read_text("utf-8")).items()}
+    """Read all systems by model type, in the order of pages and tables."""
+    return {
+        name: parse_system(given) for name, given in json.loads(FILE.read_text("utf-8")).items()
+    }
 
 
-def system_of(given: Mapping[str, Any]) -> System:
+def parse_system(given: Mapping[str, Any]) -> System:
     sizes = {name: Size(**size) for name, size in given["sizes"].items()}
     return System(
         **{**given, "sizes": sizes, "published": [Published(**x) for x in given["published"]]}
     )
 
 
-def config_of(system: str, size: Size) -> PreTrainedConfig:
+def build_config(system: str, size: Size) -> PreTrainedConfig:
     return CONFIG_MAPPING[system](**size.model)
 
 
 def sizes_table(systems: Mapping[str, System]) -> str:
-    """One row per model of a paper."""
+    """Make a table with one row per model of a paper."""
     rows = []
     for kind, system in systems.items():
         for name, size in system.sizes.items():
-            config = config_of(kind, size)
+            config = build_config(kind, size)
             rows.append(
                 [
                     system.name,
                     name,
                     config.memory_floats(),
                     None if size.printed is None else f"{size.printed}M",
-                    held_bytes(config, BFLOAT16),
-                    forward_flops(config, SEGMENT) / SEGMENT / 1e6,
+                    config.cache_bytes(BFLOAT16),
+                    config.forward_flops(SEGMENT) / SEGMENT / 1e6,
                 ]
             )
-    headers = ["system", "model", "floats per row", "the paper prints"]
-    return markdown_table([*headers, "bytes held", "million FLOPs per token"], rows)
+    headers = ["system", "model", "floats per row", "reported in the paper"]
+    return markdown_table([*headers, "bytes of the cache", "million FLOPs per token"], rows)
 
 
-def section(system: System) -> str:
-    """All that is told of one system in words."""
+def system_section(system: System) -> str:
+    """Write the section of one system."""
     code = ", ".join(f"[`{file}`]({MODELS}/{file})" for file in system.code)
     differs = "\n".join(f"- {each}" for each in system.differs)
     return (
@@ -121,9 +122,11 @@ def section(system: System) -> str:
     )
 
 
-def page() -> str:
+def systems_page() -> str:
     systems = read_systems()
-    return "\n".join([INTRODUCTION, sizes_table(systems) + "\n", *map(section, systems.values())])
+    return "\n".join(
+        [INTRODUCTION, sizes_table(systems) + "\n", *map(system_section, systems.values())]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=output_file, help="such as model_cards/systems.md")
     file = parser.parse_args(arguments).file
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page(), encoding="utf-8")
+    file.write_text(systems_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Results become tables, plots and model cards; nobody types a number.
+"""Make the tables of Markdown files from the JSON of results.
 
-    model_cards/results/<recipe>.json                         what a run measured
-    model_cards/results/<comparison>/<variant>-<seed>.json    runs that are compared
-    benchmarks/results/<name>.json                            what a benchmark measured
+    model_cards/results/<recipe>.json                         results of a run
+    model_cards/results/<comparison>/<variant>-<seed>.json    runs of a comparison
+    benchmarks/results/<name>.json                            results of a benchmark
 
-`python -m melodi_hf.evaluation.tables README.md` renews every block of a file that stands between
+`python -m melodi_hf.evaluation.tables README.md` updates every block of a file between
 `<!-- table: NAME -->` and `<!-- end -->`; model_cards/README.md lists the names.
 """
 
@@ -38,35 +38,35 @@ EVALUATION_HEADERS = [
     "perplexity per token",
     "perplexity per word",
     "bits per byte",
-    "worth of the memory",
+    "reduction by memory",
 ]
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Results]:
-    """The runs in the order of the paths; one without a name is called like its file."""
+    """Read runs in the order of the paths; a run without a name gets that of its file."""
     return [{"name": path.stem} | read_object(path, "evaluation") for path in map(Path, paths)]
 
 
 def results_table(paths: Iterable[str | Path]) -> str:
-    """One row per recipe and setting; of the intervals only the first, as it is wide enough."""
+    """Make a table with one row per recipe and setting; only the first number has an interval."""
     rows = [
         [results["name"], results["parameters"], results["memory_floats"], *row]
         for results in read_results(paths)
         for row in evaluation_rows(results["evaluation"], ["perplexity_per_token"])
     ]
-    headers = ["recipe", "parameters", "numbers remembered", *EVALUATION_HEADERS]
+    headers = ["recipe", "parameters", "memory, floats", *EVALUATION_HEADERS]
     return markdown_table(headers, rows)
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
-    """One row per setting."""
+    """Make a table with one row per setting."""
     return markdown_table(EVALUATION_HEADERS, evaluation_rows(evaluation))
 
 
 def evaluation_rows(
     evaluation: Evaluation, with_intervals: Sequence[str] = (*METRICS, "worth")
 ) -> list[list[Any]]:
-    """In each row stands what the memory is worth of which it tells."""
+    """Make one row per setting; the reduction by memory is in the row of that setting."""
     rows = []
     for name, setting in evaluation["settings"].items():
         known = setting.get("intervals", {})
@@ -77,40 +77,43 @@ def evaluation_rows(
                 name,
                 setting["tokens"],
                 *metrics,
-                percent(worth_in(evaluation, name), shown.get("worth")),
+                percent(get_worth(evaluation, name), shown.get("worth")),
             ]
         )
     return rows
 
 
-def worth_in(evaluation: Evaluation, name: str) -> float | None:
-    """What the memory of a setting is worth; older results tell it of the whole memory alone."""
+def get_worth(evaluation: Evaluation, name: str) -> float | None:
+    """Return the reduction by the memory of a setting; older results have only one for all."""
     whole = evaluation["worth"] if name == "carried" else None
     return evaluation["settings"][name].get("worth", whole)
 
 
 def memory_table(evaluation: Evaluation) -> str:
-    """What each part of the memory does: by how much perplexity rises without it."""
+    """Make a table of how much perplexity rises without each part of the memory."""
     rows = [
         [
             name,
             Estimate(setting["perplexity_per_token"]),
-            percent(setting.get("above_carried"), interval_in(setting, "above_carried"), "+.1f"),
-            percent(worth_in(evaluation, name), interval_in(setting, "worth")),
+            percent(setting.get("above_carried"), get_interval(setting, "above_carried"), "+.1f"),
+            percent(get_worth(evaluation, name), get_interval(setting, "worth")),
         ]
         for name, setting in evaluation["settings"].items()
     ]
-    headers = ["memory", "perplexity per token", "above carried", "worth of the memory"]
+    headers = ["memory", "perplexity per token", "above carried", "reduction by memory"]
     return markdown_table(headers, rows)
 
 
-def interval_in(part: Mapping[str, Any], key: str) -> Sequence[float] | None:
+def get_interval(part: Mapping[str, Any], key: str) -> Sequence[float] | None:
     return part.get("intervals", {}).get(key)
 
 
 def variants_table(runs: Iterable[Run], base: str | None = None) -> str:
-    """One row per variant: its perplexity over seeds, and how far it is above that of a base, the
-    first unless it is named: with its interval over documents, and from seed to seed."""
+    """Make a table with one row per variant: perplexity and its increase over `base`.
+
+    The increase has an interval over documents and a range over seeds. The default of `base` is the
+    first variant.
+    """
     variants = by_variant(runs)
     base = base or next(iter(variants))
     rows = []
@@ -134,8 +137,10 @@ def variants_table(runs: Iterable[Run], base: str | None = None) -> str:
 
 
 def position_table(evaluation: Evaluation) -> str:
-    """Perplexity by how far into its document a token stands, one column per setting but those of
-    shorter queues, which differ too little to be read here."""
+    """Make a table of perplexity by position in the document, one column per setting.
+
+    Settings with a shorter queue are left out: they differ too little to be read here.
+    """
     settings = {
         name: each for name, each in evaluation["settings"].items() if not name.startswith("queue_")
     }
@@ -148,24 +153,27 @@ def position_table(evaluation: Evaluation) -> str:
                 f"{bins[0]['from']:,} to {bins[0]['to'] - 1:,}",
                 bins[0]["tokens"],
                 *perplexities.values(),
-                percent(worth(perplexities), interval_in(at.get("carried", {}), "worth")),
+                percent(worth(perplexities), get_interval(at.get("carried", {}), "worth")),
             ]
         )
     return markdown_table(
-        ["position in the document", "tokens scored", *settings, "worth of the memory"], rows
+        ["position in the document", "tokens scored", *settings, "reduction by memory"], rows
     )
 
 
 def worth(perplexities: Mapping[str, float]) -> float | None:
-    """The part of the perplexity that the memory takes away."""
+    """Return by which part the memory reduces the perplexity, 1 - carried / emptied."""
     if not {"carried", "emptied"} <= perplexities.keys():
         return None
     return 1 - perplexities["carried"] / perplexities["emptied"]
 
 
 def queue_table(measured: Mapping[str, Any]) -> str:
-    """One row per layer and head of what `queue_attention` measured: its attention to entries of
-    each age against an even spread, its breadth, and the mean share that the gate lets through."""
+    """Make a table with one row per layer and head of what `queue_attention` measured.
+
+    Columns: attention to entries of each age relative to uniform attention, its breadth, and the
+    mean share of the queue behind the gate.
+    """
     rows = []
     ages = max((layer["ages"] for layer in measured["layers"]), key=len)
     for layer in measured["layers"]:
@@ -177,8 +185,7 @@ def queue_table(measured: Mapping[str, Any]) -> str:
 
 
 def benchmark_tables(path: str | Path) -> dict[str, str]:
-    """One row per measurement of a benchmark's JSON, a list of them under "rows"; further lists
-    stand by their names under "tables"."""
+    """Make the tables of a benchmark's JSON: its "rows", and the lists under "tables"."""
     results, name = read_object(path, "rows"), f"benchmarks/{Path(path).stem}"
     further = results.get("tables", {}).items()
     found = {f"{name}/{key}": measurements_table(rows) for key, rows in further}
@@ -191,8 +198,8 @@ def measurements_table(measurements: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table([name.replace("_", " ") for name in headers], rows)
 
 
-def tables(root: str | Path) -> dict[str, str]:
-    """Every table that the results in a repository give, by the name that a block asks for."""
+def all_tables(root: str | Path) -> dict[str, str]:
+    """Make every table of a repository's results, by the name that a block asks for."""
     runs = sorted(Path(root, "model_cards/results").glob("*.json"))
     found = {"results": results_table(runs)}
     for path, results in zip(runs, read_results(runs), strict=True):
@@ -208,7 +215,7 @@ def tables(root: str | Path) -> dict[str, str]:
 
 
 def variants_tables(folder: Path) -> dict[str, str]:
-    """The variants of a comparison, against the first, and against each that a block names."""
+    """Make the tables of a comparison's variants, against the first and against each of them."""
     runs = [read_run(path) for path in sorted(folder.glob("*.json"))]
     found = {
         f"variants/{folder.name}/{name}": variants_table(runs, name) for name in by_variant(runs)
@@ -216,32 +223,32 @@ def variants_tables(folder: Path) -> dict[str, str]:
     return found | {f"variants/{folder.name}": variants_table(runs)} if runs else {}
 
 
-def renew_blocks(text: str, known: Mapping[str, str]) -> str:
-    """The text with the table of its name in each block."""
+def update_blocks(text: str, known: Mapping[str, str]) -> str:
+    """Replace the content of each block by the table of its name."""
 
     def renewed(block: re.Match) -> str:
         opening, name, closing = block.groups()
         if name not in known:
-            raise ValueError(f"there is no table {name!r}; the results give {sorted(known)}")
+            raise ValueError(f"there is no table {name!r}; available are {sorted(known)}")
         return f"{opening}{known[name]}\n{closing}"
 
     openings = text.count(OPENING)
     text, blocks = BLOCK.subn(renewed, text)
     if blocks != openings:
-        raise ValueError(f"{openings} blocks begin and {blocks} end: each needs its <!-- end -->")
+        raise ValueError(f"{openings} blocks begin and {blocks} end: close each by <!-- end -->")
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Renew the tables of a Markdown file.")
+    parser = argparse.ArgumentParser(description="Update the tables of a Markdown file.")
     parser.add_argument("file", type=Path, nargs="+")
     parser.add_argument(
         "--root", type=Path, default=Path(), help="the folder of model_cards/ and benchmarks/"
     )
     options = parser.parse_args(arguments)
     try:
-        known = tables(options.root)
-        renewed = {file: renew_blocks(read_text(file), known) for file in options.file}
+        known = all_tables(options.root)
+        renewed = {file: update_blocks(read_text(file), known) for file in options.file}
         for file, text in renewed.items():
             file.write_text(text, encoding="utf-8")
     except FAILURES as error:

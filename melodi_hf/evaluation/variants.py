@@ -1,8 +1,8 @@
-"""Runs of several variants and seeds, compared on the same documents.
+"""Compare runs of several variants and seeds on the same documents.
 
-What a variant is worth against another has two uncertainties that do not mix: over documents (the
-interval of `intervals.compare`, of the mean over seeds) and over seeds (how far their own
-differences lie apart). Both are told.
+A difference between variants has two uncertainties, which are reported separately: over documents
+(the interval of `intervals.compare`, for the mean over seeds) and over seeds (the range of the
+differences).
 """
 
 import re
@@ -13,35 +13,38 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from melodi_hf.evaluation.command_line import read_object
-from melodi_hf.evaluation.intervals import change, compare, refuse_other_documents
+from melodi_hf.evaluation.intervals import check_same_documents, compare, relative_increase
 
 
 class Run(NamedTuple):
-    """What is compared of one run."""
+    """The data of one run."""
 
     variant: str
     seed: int | None
     evaluation: dict[str, Any]
-    history: list[dict[str, Any]]  # of the training; may be empty
+    history: list[dict[str, Any]]  # training log; may be empty
 
 
 class Difference(NamedTuple):
-    """The part by which the perplexity of a variant is above that of another."""
+    """By which part the perplexity of a variant exceeds that of another."""
 
     change: float
     interval: list[float] | None  # over documents, of the mean over seeds
-    by_seed: dict[int | None, float]  # of the seeds that both have
+    by_seed: dict[int | None, float]  # for seeds that both have
 
 
 def read_run(path: str | Path) -> Run:
-    """A run from its JSON. Variant and seed stand in it, or in the name of the file or, if that is
-    results.json, of its folder: `both-0.json`, `both-0/results.json`."""
+    """Read a run from JSON.
+
+    Variant and seed are taken from the JSON, or from the name of the file or of its folder:
+    `both-0.json`, `both-0/results.json`.
+    """
     path = Path(path)
     results = read_object(path, "evaluation")
     if "settings" not in results["evaluation"]:
         raise ValueError(
-            f"{path} is no run: its evaluation has no settings; name a file of results that "
-            "training/train.py or training/evaluate.py wrote"
+            f"{path} is not a run, its evaluation has no settings: pass a file of results of "
+            "training/train.py or training/evaluate.py"
         )
     name = path.resolve().parent.name if path.name == "results.json" else path.stem
     parts = re.fullmatch(r"(?P<variant>.+)-(?P<seed>\d+)", name)
@@ -55,19 +58,19 @@ def read_run(path: str | Path) -> Run:
 
 
 def by_variant(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each variant, in the order in which the variants come.
+    """Group runs by variant, in the given order.
 
-    Raises ValueError for a seed that a variant has twice, and for runs on other documents.
+    Raises ValueError for duplicate seeds of a variant, and for runs on other documents.
     """
     found: dict[str, list[Run]] = {}
     for run in runs:
         before = found.setdefault(run.variant, [])
         if any(other.seed == run.seed for other in before):
             raise ValueError(
-                f"variant {run.variant!r} has seed {run.seed} twice: give each run once"
+                f"variant {run.variant!r} has seed {run.seed} twice: pass each run once"
             )
         if before:
-            refuse_other_documents(documents(before[0]), documents(run), "tokens")
+            check_same_documents(documents(before[0]), documents(run), "tokens")
         before.append(run)
     return found
 
@@ -79,12 +82,12 @@ def documents(run: Run, setting: str = "carried") -> list[dict[str, Any]]:
 def perplexities(
     runs: Iterable[Run], setting: str = "carried", metric: str = "perplexity_per_token"
 ) -> list[float]:
-    """One of each seed."""
+    """Return the perplexity of each run."""
     return [run.evaluation["settings"][setting][metric] for run in runs]
 
 
 def mean_by_document(runs: Sequence[Run], setting: str = "carried") -> list[dict[str, Any]]:
-    """`by_document` with the mean NLL over the seeds."""
+    """Return `by_document` with the mean NLL over seeds."""
     rows = zip(*(documents(run, setting) for run in runs), strict=True)
     return [{**row[0], "nll": float(np.mean([each["nll"] for each in row]))} for row in rows]
 
@@ -92,12 +95,12 @@ def mean_by_document(runs: Sequence[Run], setting: str = "carried") -> list[dict
 def difference(
     base: Sequence[Run], runs: Sequence[Run], setting: str = "carried", unit: str = "tokens"
 ) -> Difference:
-    """How far the runs of a variant are above those of another, on the same documents."""
+    """Compute the difference between the runs of two variants, on the same documents."""
     over_documents = compare(mean_by_document(base, setting), mean_by_document(runs, setting), unit)
     seeds = {run.seed: run.evaluation["settings"][setting] for run in base}
     own = {run.seed: run.evaluation["settings"][setting] for run in runs}
     by_seed = {
-        seed: change(seeds[seed]["nll"], own[seed]["nll"], own[seed][unit])
+        seed: relative_increase(seeds[seed]["nll"], own[seed]["nll"], own[seed][unit])
         for seed in own
         if seed in seeds
     }
@@ -105,13 +108,13 @@ def difference(
 
 
 def log_perplexity_by_position(runs: Sequence[Run], setting: str = "carried") -> np.ndarray:
-    """NLL per token, seeds x positions."""
+    """Return the NLL per token (seeds x positions)."""
     rows = [run.evaluation["settings"][setting]["by_position"] for run in runs]
     return np.array([[each["nll"] / each["tokens"] for each in row] for row in rows])
 
 
-def edges(runs: Mapping[str, Sequence[Run]], setting: str = "carried") -> np.ndarray:
-    """Where the bins of positions begin and end, which must be the same in all runs."""
+def position_edges(runs: Mapping[str, Sequence[Run]], setting: str = "carried") -> np.ndarray:
+    """Return the edges of the bins of positions, which must be equal in all runs."""
     found = {
         tuple(
             (each["from"], each["to"], each["tokens"])
@@ -122,7 +125,7 @@ def edges(runs: Mapping[str, Sequence[Run]], setting: str = "carried") -> np.nda
     }
     if len(found) > 1:
         raise ValueError(
-            "the runs have other positions, or other tokens at them: compare models of one window "
+            "the runs have different bins of positions: compare models with the same window "
             "length on the same documents"
         )
     bins = next(iter(found))

@@ -1,1 +1,1 @@
-"""What the scripts of this folder share. Nothing here is run by itself."""
+"""Modules shared by the training scripts. None of them is a script."""

@@ -1,7 +1,7 @@
-"""How fast the rows of a comparison train and decode, measured side by side in one process.
+"""Measure the training and decoding speed of the rows of a comparison in one process.
 
-A machine with other work on it is slower from one minute to the next, so rounds go through all rows
-again and again, and medians are told; beside the time on the wall, that of the processor.
+The load of a machine varies, so rounds alternate between all rows and medians are reported, for
+wall time and for CPU time.
 """
 
 import statistics
@@ -16,48 +16,48 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parts.recipe import Recipe
 
-STEPS = 2  # of training, in a round
-DECODED = 64  # tokens, in a round
-READ = 2304  # tokens before the first that is decoded: longer memories are full by then
+STEPS = 2  # training steps per round
+DECODED = 64  # tokens per round
+READ = 2304  # tokens read before decoding, enough to fill every memory
 
 
 class Time(NamedTuple):
-    """What a round took."""
+    """The times of one round."""
 
     wall: float  # seconds
     processor: float  # seconds
 
 
 def measure_speed(recipes: Mapping[str, Recipe], rounds: int) -> dict[str, Any]:
-    """Tokens per second of each row, in training and in decoding, for JSON.
+    """Measure tokens per second of each row in training and decoding; return JSON data.
 
-    The rows are those of a benchmark; "rounds" holds the seconds of every round.
+    The format is that of a benchmark; "rounds" holds the seconds of every round.
     """
-    work = {row: works(recipe) for row, recipe in recipes.items()}
+    work = {row: make_workloads(recipe) for row, recipe in recipes.items()}
     times: dict[str, dict[str, list[Time]]] = {
         row: {name: [] for name in each} for row, each in work.items()
     }
     for _ in tqdm(range(rounds + 1), desc="rounds", unit="round"):  # the first warms up
         for row, each in work.items():
             for name, (once, _) in each.items():
-                times[row][name].append(timed(once))
+                times[row][name].append(measure_time(once))
     seconds = {row: {name: t[1:] for name, t in each.items()} for row, each in times.items()}
     first = next(iter(recipes))
     rows = [
-        {"row": row, **speeds(work[row], each), **ratios(each, seconds[first], first)}
+        {"row": row, **median_speeds(work[row], each), **median_ratios(each, seconds[first], first)}
         for row, each in seconds.items()
     ]
     return {"rows": rows, "rounds": seconds, "decoded": DECODED, "read": READ, **environment()}
 
 
-def timed(once: Callable[[], None]) -> Time:
+def measure_time(once: Callable[[], None]) -> Time:
     wall, processor = time.perf_counter(), time.process_time()
     once()
     return Time(time.perf_counter() - wall, time.process_time() - processor)
 
 
-def works(recipe: Recipe) -> dict[str, tuple[Callable[[], None], int]]:
-    """What is measured: name -> (what does it once, its tokens)."""
+def make_workloads(recipe: Recipe) -> dict[str, tuple[Callable[[], None], int]]:
+    """Make the workloads: name -> (function that runs it once, its tokens)."""
     torch.manual_seed(recipe.training.seed)
     config = recipe.model_config(vocab_size=recipe.tokenizer.vocab_size)
     model = AutoModelForCausalLM.from_config(config)
@@ -69,36 +69,36 @@ def works(recipe: Recipe) -> dict[str, tuple[Callable[[], None], int]]:
 
 
 def training(model: PreTrainedModel, recipe: Recipe, shape: tuple[int, int]) -> Callable[[], None]:
-    """Steps as in training: forward, backward, clipping, update, the memory carried."""
+    """Make a training step: forward, backward, clipping, update, with the memory carried."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.training.learning_rate)
     ids = torch.randint(0, model.config.vocab_size, shape)
-    held: dict[str, Any] = {"memory": None}
+    state: dict[str, Any] = {"memory": None}
 
     def once() -> None:
         model.train()
         for _ in range(STEPS):
-            out = model(ids, labels=ids, memory=held["memory"], return_memory=True)
+            out = model(ids, labels=ids, memory=state["memory"], return_memory=True)
             out.loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.training.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            held["memory"] = out.memory
+            state["memory"] = out.memory
 
     return once
 
 
 def decoding(model: PreTrainedModel) -> Callable[[], None]:
-    """One row, token by token behind a document that is long already."""
-    held: dict[str, Any] = {}
+    """Make a decoding workload: one row, token by token, after a long document."""
+    state: dict[str, Any] = {}
 
     @torch.inference_mode()
     def once() -> None:
         model.eval()
-        if not held:
+        if not state:
             ids = torch.randint(0, model.config.vocab_size, (1, READ))
-            held.update(read(model, ids, None))
+            state.update(read(model, ids, None))
         for _ in range(DECODED):
-            held.update(read(model, held["next"], held["memory"]))
+            state.update(read(model, state["next"], state["memory"]))
 
     return once
 
@@ -108,8 +108,8 @@ def read(model: PreTrainedModel, ids: torch.Tensor, memory: Any) -> dict[str, An
     return {"next": out.logits.argmax(-1), "memory": out.cache}
 
 
-def speeds(work: Mapping[str, tuple[Any, int]], seconds: Mapping[str, list[Time]]) -> dict:
-    """Tokens per second on the wall and of the processor, medians."""
+def median_speeds(work: Mapping[str, tuple[Any, int]], seconds: Mapping[str, list[Time]]) -> dict:
+    """Return the median tokens per second of wall time and of CPU time."""
     found = {}
     for name, (_, tokens) in work.items():
         wall, processor = map(statistics.median, zip(*seconds[name], strict=True))
@@ -118,10 +118,10 @@ def speeds(work: Mapping[str, tuple[Any, int]], seconds: Mapping[str, list[Time]
     return found
 
 
-def ratios(
+def median_ratios(
     seconds: Mapping[str, list[Time]], base: Mapping[str, list[Time]], first: str
 ) -> dict[str, float]:
-    """How many times the seconds of the first row, round by round, the median."""
+    """Return the median over rounds of the time relative to the first row."""
     return {
         f"{name}_time_over_{first}": round(
             statistics.median(

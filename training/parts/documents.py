@@ -1,4 +1,4 @@
-"""The documents of a run: read, prepared, told of, and found to be the same when it goes on."""
+"""Prepare the documents of a run, describe them, and check them when the run resumes."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ from parts.recipe import Recipe
 DOCUMENTS = "documents.json"
 
 
-def own_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Train one on the documents to train on; `prepare` tells what was left out of them."""
+def train_own_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Train a tokenizer on the training documents; `prepare` reports what was skipped."""
     texts = recipe.documents("train").documents(Report())
     return train_tokenizer(texts, recipe.tokenizer.vocab_size)
 
 
 def prepare(recipe: Recipe, tokenizer: Any) -> tuple[Prepared, Prepared | None, Prepared]:
-    """Prepare what is trained on, what is scored during training, if anything, and the test."""
+    """Prepare the documents for training, validation (if any) and test."""
     train = prepare_documents(recipe.documents("train"), tokenizer)
     validation = None
     if recipe.training.evaluate_every:
@@ -35,21 +35,21 @@ def prepare(recipe: Recipe, tokenizer: Any) -> tuple[Prepared, Prepared | None, 
 
 
 def describe(documents: Prepared, purpose: str) -> str:
-    """How many there are, and what was left out."""
-    told = f"{len(documents):,} documents ({documents.num_tokens:,} tokens) to {purpose} on"
-    return f"{told}; {documents.report}" if documents.report else told
+    """Describe the number of documents and what was skipped."""
+    text = f"{len(documents):,} documents ({documents.num_tokens:,} tokens) to {purpose} on"
+    return f"{text}; {documents.report}" if documents.report else text
 
 
-def check_documents(output: Path, documents: Prepared, going_on: bool) -> None:
-    """Refuse to go on with other documents than the run began with."""
+def check_documents(output: Path, documents: Prepared, is_resumed: bool) -> None:
+    """Check that a resumed run has the documents that it was started with."""
     path, now = output / DOCUMENTS, documents.as_dict()
-    there = going_on and path.is_file()
+    there = is_resumed and path.is_file()
     before = json.loads(path.read_text(encoding="utf-8")) if there else now
     if before["fingerprint"] != now["fingerprint"]:
         raise ValueError(
-            f"{output} was begun with {before['documents']:,} documents "
-            f"({before['tokens']:,} tokens) which are not those of now ({now['documents']:,}, "
-            f"{now['tokens']:,} tokens): bring them back, or begin anew by --output DIR"
+            f"{output} was started with {before['documents']:,} documents ({before['tokens']:,} "
+            f"tokens), which differ from the current ones ({now['documents']:,}, {now['tokens']:,} "
+            "tokens): restore them, or start a new run by --output DIR"
         )
     if is_first_process():
         write_json(path, now)

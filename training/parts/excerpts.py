@@ -1,12 +1,12 @@
-"""The beginnings of documents that a comparison reads, and the tokenizer that all its runs share.
+"""Prepare the excerpts of documents for a comparison, and the tokenizer that its runs share.
 
-    FOLDER/train.jsonl       as many documents of each file as the smallest has, one kind behind
-                             the other; a run shuffles them by its seed
-    FOLDER/<name>.jsonl      test documents of that name, their ids `name/id`
+    FOLDER/train.jsonl       the same number of documents of each file, file after file; each run
+                             shuffles them by its seed
+    FOLDER/<name>.jsonl      test documents of that name, with ids `name/id`
     FOLDER/tokenizer         trained on train.jsonl, unless the recipes name one
-    FOLDER/excerpts.json     all that decides them: others are refused in the same folder
+    FOLDER/excerpts.json     the request; another request for the same folder raises an error
 
-Short beginnings of many documents let a run of minutes see many of each kind, and score many.
+Short excerpts let a short run read and score many documents of each kind.
 """
 
 import json
@@ -22,11 +22,11 @@ from melodi_hf.data.text import Document, read_documents
 from melodi_hf.data.tokens import load_tokenizer, train_tokenizer
 
 MANIFEST, TRAIN, TOKENIZER = "excerpts.json", "train.jsonl", "tokenizer"
-MOST_UNKNOWN = 0.01  # of the tokens of a file; what stands behind them cannot be told apart
+MAX_UNKNOWN = 0.01  # part of the tokens of a file that may be unknown to the tokenizer
 
 
-class Asked(NamedTuple):
-    """What is cut, and how."""
+class ExcerptRequest(NamedTuple):
+    """What is requested: files, lengths, numbers."""
 
     files: Sequence[str]  # to train on
     tests: Mapping[str, str]  # files by name
@@ -36,72 +36,72 @@ class Asked(NamedTuple):
     vocab_size: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Independent of the folders of one machine."""
-        sizes = {name: identity(path) for name, path in self.tests.items()}
+        """Return the request as JSON data, without local folders."""
+        sizes = {name: file_identity(path) for name, path in self.tests.items()}
         tokenizer = self.tokenizer and Path(self.tokenizer).name
         return {
             **self._asdict(),
-            "files": [identity(path) for path in self.files],
+            "files": [file_identity(path) for path in self.files],
             "tests": sizes,
             "tokenizer": tokenizer,
         }
 
 
-def identity(path: str) -> dict[str, Any]:
+def file_identity(path: str) -> dict[str, Any]:
     return {"name": Path(path).name, "bytes": Path(path).stat().st_size}
 
 
-def prepare_excerpts(folder: Path, asked: Asked) -> dict[str, Any]:
-    """Cut them, or find them as they were cut; what they are, for JSON.
+def prepare_excerpts(folder: Path, asked: ExcerptRequest) -> dict[str, Any]:
+    """Write the excerpts, or reuse existing ones; return their description as JSON data.
 
-    Raises ValueError if the folder holds others, or if the tokenizer does not know the text.
+    Raises ValueError if the folder has other excerpts, or if the tokenizer does not know the text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / MANIFEST
-    with FileLock(folder / "excerpts.lock"):  # another command may be at it
+    with FileLock(folder / "excerpts.lock"):  # another command may be writing them
         if manifest.is_file():
             found = json.loads(manifest.read_text(encoding="utf-8"))
-            refuse_others(folder, found["asked"], json.loads(json.dumps(asked.as_dict())))
+            check_same_request(folder, found["asked"], json.loads(json.dumps(asked.as_dict())))
             return found
-        made = {"asked": asked.as_dict(), "documents": cut(folder, asked)}
+        made = {"asked": asked.as_dict(), "documents": write_excerpts(folder, asked)}
         made["unknown"] = make_tokenizer(folder, asked)
         write_json(manifest, made)
     return made
 
 
-def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_request(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for key, value in now.items():
         if before.get(key) != value:
             raise ValueError(
-                f"{folder} holds excerpts with {key}={before.get(key)}, not {value}: "
-                "ask for the same, or choose another folder by --output DIR"
+                f"{folder} has excerpts with {key}={before.get(key)}, not {value}: "
+                "pass the same options, or choose another folder by --output DIR"
             )
 
 
-def cut(folder: Path, asked: Asked) -> dict[str, int]:
-    """Write all excerpts; how many documents there are of each kind."""
+def write_excerpts(folder: Path, asked: ExcerptRequest) -> dict[str, int]:
+    """Write all excerpts; return the number of documents of each kind."""
     kinds = {Path(path).name.split(".")[0]: path for path in asked.files}
     if len(kinds) < len(asked.files):
-        raise ValueError(f"of data.files {list(asked.files)} two have one name: rename a file")
-    training = {name: excerpts(path, name, asked) for name, path in kinds.items()}
+        raise ValueError(f"two of data.files {list(asked.files)} have the same name: rename a file")
+    training = {name: read_excerpts(path, name, asked) for name, path in kinds.items()}
     fewest = min(map(len, training.values()))
-    chosen = {name: spread(documents, fewest) for name, documents in training.items()}
+    chosen = {name: sample_evenly(documents, fewest) for name, documents in training.items()}
     write_documents(folder / TRAIN, [each for kind in chosen.values() for each in kind])
     counts = {name: len(documents) for name, documents in chosen.items()}
     for name, path in asked.tests.items():
-        documents = spread(excerpts(path, name, asked), asked.limit)
+        documents = sample_evenly(read_excerpts(path, name, asked), asked.limit)
         write_documents(folder / f"{name}.jsonl", documents)
         counts[f"test {name}"] = len(documents)
     return counts
 
 
-def excerpts(path: str, name: str, asked: Asked) -> list[Document]:
+def read_excerpts(path: str, name: str, asked: ExcerptRequest) -> list[Document]:
     texts = read_documents(path).documents(Report())
     return [Document(f"{name}/{each.id}", each.text[: asked.characters]) for each in texts]
 
 
-def spread(documents: list[Document], most: int) -> list[Document]:
-    """So many of them, at even distances: files are often sorted."""
+def sample_evenly(documents: list[Document], most: int) -> list[Document]:
+    """Select `most` documents at even distances, since files are often sorted."""
     count = min(most, len(documents))
     return [documents[i * len(documents) // count] for i in range(count)]
 
@@ -111,8 +111,8 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def make_tokenizer(folder: Path, asked: Asked) -> dict[str, float]:
-    """Train it or load it; the part of each file that it does not know."""
+def make_tokenizer(folder: Path, asked: ExcerptRequest) -> dict[str, float]:
+    """Train or load the tokenizer; return the part of unknown tokens in each file."""
     if asked.tokenizer is None:
         training = read_documents(folder / TRAIN).documents(Report())
         trained = train_tokenizer(training, asked.vocab_size, progress=False)
@@ -123,10 +123,10 @@ def make_tokenizer(folder: Path, asked: Asked) -> dict[str, float]:
         texts = [each.text for each in read_documents(folder / f"{name}.jsonl").documents(Report())]
         ids = [i for each in tokenizer(texts, add_special_tokens=False).input_ids for i in each]
         found[name] = ids.count(tokenizer.unk_token_id) / len(ids)
-        if found[name] > MOST_UNKNOWN:
+        if found[name] > MAX_UNKNOWN:
             raise ValueError(
                 f"{found[name]:.1%} of the tokens of {name} are unknown to the tokenizer "
-                f"{asked.tokenizer}, {MOST_UNKNOWN:.0%} are allowed: leave tokenizer.path null, "
-                "and one of bytes is trained"
+                f"{asked.tokenizer}, at most {MAX_UNKNOWN:.0%} is allowed: set tokenizer.path to "
+                "null to train a byte-level one"
             )
     return found

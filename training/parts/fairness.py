@@ -1,4 +1,4 @@
-"""What must be equal in all rows of a comparison, and how far apart their sizes may be."""
+"""Check that the rows of a comparison differ in the model only, and have similar sizes."""
 
 from collections.abc import Mapping
 
@@ -12,10 +12,9 @@ EQUAL = ("data", "tokenizer", "training", "evaluation")  # sections of a recipe
 
 
 def check_fair(recipes: Mapping[str, Recipe]) -> dict[str, int]:
-    """Refuse rows that are fed, trained or scored otherwise than the first, or of which one is
-    larger than another; the number of parameters of each.
+    """Check that rows have equal data, training, evaluation and size; return parameter counts.
 
-    Raises ValueError with the row, what it has, and what it should have.
+    Raises ValueError with the row, its value, and the value that is required.
     """
     first, base = next(iter(recipes.items()))
     wanted = base.as_dict()
@@ -25,30 +24,31 @@ def check_fair(recipes: Mapping[str, Recipe]) -> dict[str, int]:
             for key, value in given[section].items():
                 if value != wanted[section][key]:
                     raise ValueError(
-                        f"row {row} has {section}.{key}={value}, row {first} "
-                        f"{wanted[section][key]}: rows that are compared may differ in model and "
-                        "expect only; change it for all by --set"
+                        f"row {row} has {section}.{key}={value}, row {first} has "
+                        f"{wanted[section][key]}: compared rows may differ in model and expect "
+                        "only; set it for all rows by --set"
                     )
-    counts = {row: parameters(recipe) for row, recipe in recipes.items()}
+    counts = {row: count_parameters(recipe) for row, recipe in recipes.items()}
     low, high = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     if counts[high] > counts[low] * (1 + TOLERANCE):
         odd, other = sorted((low, high), key=lambda row: -abs(counts[row] - counts[first]))
         raise ValueError(
             f"row {odd} has {counts[odd]:,} parameters, row {other} {counts[other]:,}, which is "
-            f"more than {TOLERANCE:.0%} apart: {remedy(recipes[odd], counts[other] - counts[odd])}"
+            f"more than {TOLERANCE:.0%} apart: "
+            f"{suggest_width(recipes[odd], counts[other] - counts[odd])}"
         )
     return counts
 
 
-def parameters(recipe: Recipe) -> int:
-    """Of the model with the vocabulary that the recipe asks for."""
+def count_parameters(recipe: Recipe) -> int:
+    """Count the parameters of the model with the recipe's vocabulary size."""
     config = recipe.model_config(vocab_size=recipe.tokenizer.vocab_size)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-def remedy(recipe: Recipe, missing: int) -> str:
-    """The width of the feed-forward network that makes up for what is missing."""
+def suggest_width(recipe: Recipe, missing: int) -> str:
+    """Suggest a feed-forward width that makes the parameter counts equal."""
     config = recipe.model_config(vocab_size=recipe.tokenizer.vocab_size)
     per_channel = config.num_hidden_layers * (2 * config.hidden_size + config.mlp_bias)
     width = config.intermediate_size + round(missing / per_channel)

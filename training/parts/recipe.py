@@ -1,23 +1,22 @@
-"""A recipe is a YAML file that states everything a run depends on, section by section.
+"""Load and check recipes: YAML files that state everything a run depends on, in sections.
 
     model       `type`, and fields of that type's configuration
-    data        which documents are read, and how long a segment is
-    tokenizer   where it comes from, or how large a one to train
+    data        documents, and the length of a segment
+    tokenizer   path of a tokenizer, or vocabulary size of a new one
     training    steps, rows, optimiser, schedule, precision, seed
-    evaluation  what is measured at the end
-    expect      the number that the run must reach, and how far off it may be
+    evaluation  measurements at the end
+    expect      the perplexity that the run must reach, and the tolerance
 
-Nothing has a default here but the model's fields: a key that is missing is refused like one that is
-unknown, so that the file alone tells what was run. All of it is checked when the file is read,
-before any work is done, and what is wrong raises `ValueError`.
+Only fields of the model have defaults. Missing and unknown keys raise an error, so that the file
+alone documents the run. Everything is checked when the file is read; errors are `ValueError`s.
 
-A change of `training.steps` alone lowers `training.log_every` to it, so that short runs are logged.
+Overriding `training.steps` also lowers `training.log_every` to it, so that short runs are logged.
 
-Experiments that differ in a few keys are rows of a table, another kind of file, and each of them is
-a recipe too, `table.yaml:row`:
+Experiments that differ in a few keys are rows of a table file; each row is a recipe,
+`table.yaml:row`:
 
-    base        the file of a recipe, seen from the table
-    rows        the name of each row, and the keys in which it differs: {section.key: value}
+    base        the recipe to start from, relative to the table
+    rows        for each row the keys in which it differs: {section.key: value}
 """
 
 import os
@@ -33,12 +32,12 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-import melodi_hf  # noqa: F401  (makes our models known to CONFIG_MAPPING)
+import melodi_hf  # noqa: F401  registers the models in CONFIG_MAPPING
 from melodi_hf.data.text import Source, read_documents, standard_library_documents
 from melodi_hf.evaluation.command_line import MAX_SEED, read_text
 from melodi_hf.evaluation.systems import read_systems
 
-WITHOUT_TEST_SPLIT = ("allenai/c4",)  # on the Hub; scored on their validation documents
+WITHOUT_TEST_SPLIT = ("allenai/c4",)  # datasets that are evaluated on their validation split
 
 
 @dataclass(frozen=True)
@@ -46,29 +45,29 @@ class Data:
     """The documents."""
 
     source: str  # standard_library, files, or the name of a dataset on the Hub, owner/name
-    subset: str | None  # the configuration of the dataset on the Hub, such as en of allenai/c4
+    subset: str | None  # configuration of the Hub dataset, e.g. en of allenai/c4
     files: tuple[str, ...]  # to train on
-    validation_files: tuple[str, ...]  # scored during training; read if evaluate_every is not 0
+    validation_files: tuple[str, ...]  # for evaluation during training, if evaluate_every is not 0
     test_files: tuple[str, ...]
-    max_documents: int | None  # read for training; null: all
-    min_tokens: int  # shorter documents are left out; 0: none
-    segment_length: int  # tokens of a document between two steps
+    max_documents: int | None  # for training; null: all
+    min_tokens: int  # shorter documents are skipped; 0: none
+    segment_length: int  # tokens per row and step
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """Loaded, or trained as byte-level BPE on the training documents."""
 
-    path: str | None  # a folder, or the name of one on the Hub, owner/name; null: trained
-    vocab_size: int  # of the one that is trained
+    path: str | None  # a folder, or owner/name on the Hub; null: train one
+    vocab_size: int  # of a tokenizer that is trained
 
 
 @dataclass(frozen=True)
 class Training:
-    """How long, how many documents side by side, by which rule."""
+    """Steps, rows, optimiser and schedule."""
 
     steps: int
-    num_rows: int  # documents read side by side, on each device
+    num_rows: int  # batch size per device, in documents
     gradient_accumulation_steps: int
     optimizer: Literal["adamw", "adafactor"]
     schedule: Literal["cosine", "linear", "paper"]
@@ -80,7 +79,7 @@ class Training:
     gradient_checkpointing: bool
     log_every: int  # steps
     save_every: int  # steps
-    evaluate_every: int  # steps between scores of the validation documents; 0: none
+    evaluate_every: int  # steps between evaluations on the validation documents; 0: none
     seed: int
 
 
@@ -89,18 +88,18 @@ class Evaluation:
     """Perplexity of test documents, and the continuation of the longest of them."""
 
     max_documents: int | None  # null: all
-    segment_windows: int  # windows read in one call
-    num_rows: int  # documents read side by side
-    read_tokens: int  # read before the continuation; 0: none
+    segment_windows: int  # windows per forward
+    num_rows: int  # batch size, in documents
+    read_tokens: int  # tokens read before the continuation; 0: none
     new_tokens: int
 
 
 @dataclass(frozen=True)
 class Expect:
-    """What the run must reach."""
+    """The result that the run must reach."""
 
-    perplexity: float | None  # per token, with the memory carried; null: not yet known
-    spread: float | None  # how far off it may be
+    perplexity: float | None  # per token, memory carried; null: not known yet
+    spread: float | None  # tolerance
 
 
 @dataclass(frozen=True)
@@ -115,22 +114,22 @@ class Recipe:
     expect: Expect
 
     def model_config(self, **from_tokenizer: Any) -> PreTrainedConfig:
-        """The model's configuration; what the recipe says goes before what the tokenizer says."""
+        """Make the model's configuration; the recipe takes precedence over the tokenizer."""
         return make_config({**from_tokenizer, **self.model})
 
     def documents(self, split: Literal["train", "validation", "test"]) -> Source:
-        """The documents of one split, from wherever the recipe says."""
+        """Return the documents of one split."""
         data, train = self.data, split == "train"
         limit = data.max_documents if train else self.evaluation.max_documents
-        kept: dict[str, Any] = {"limit": limit, "min_tokens": data.min_tokens}
-        if data.source == "standard_library":  # which is too small for a third part
-            return standard_library_documents("train" if train else "test", **kept)
+        limits: dict[str, Any] = {"limit": limit, "min_tokens": data.min_tokens}
+        if data.source == "standard_library":  # too small for a validation split
+            return standard_library_documents("train" if train else "test", **limits)
         if data.source == "files":
             files = {"train": data.files, "validation": data.validation_files}
-            return read_documents(files.get(split, data.test_files), **kept)
+            return read_documents(files.get(split, data.test_files), **limits)
         if split == "test" and data.source in WITHOUT_TEST_SPLIT:
             split = "validation"
-        return read_documents(name=data.source, config_name=data.subset, split=split, **kept)
+        return read_documents(name=data.source, config_name=data.subset, split=split, **limits)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -151,13 +150,13 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in Python, and a key given twice is refused."""
+    """YAML loader that reads 1e-3 as a number and raises for duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
-            raise yaml.YAMLError(f"{', '.join(twice)} stands twice in one section")
+            raise yaml.YAMLError(f"{', '.join(twice)} occurs twice in one section")
         return super().construct_mapping(node, deep)
 
 
@@ -167,15 +166,14 @@ Loader.add_implicit_resolver(
 
 
 def load_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, or a row of a table as `table.yaml:row`, and apply `section.key=value` changes
-    to it."""
+    """Read a recipe, or a row as `table.yaml:row`, and apply `section.key=value` changes."""
     given = read_sections(name)
     for change in changes:
         apply_change(given, change)
     check_keys(given, NAMES, f"the recipe {name}")
     for section, value in given.items():
         if not isinstance(value, dict):
-            raise ValueError(f"{section} should be a section with keys of its own, not {value!r}")
+            raise ValueError(f"{section} should be a section with keys, not {value!r}")
     sections = {key: read_section(kind, given[key], key) for key, kind in SECTIONS.items()}
     recipe = Recipe(model=check_model(given["model"]), **sections)
     keys = changed_keys(changes)
@@ -192,9 +190,9 @@ def changed_keys(changes: Sequence[str]) -> set[str]:
 
 
 def without_expectation(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    """The recipe without the number that its file expects, if changes made it another experiment.
+    """Remove the expected perplexity if the changes make the recipe another experiment.
 
-    The names of files do not: recipes leave them to their users. Nor does a number of one's own.
+    Changing file names or `expect` itself keeps it.
     """
     keys = changed_keys(changes)
     if keys <= NAMES_OF_FILES or any(key.startswith("expect.") for key in keys):
@@ -203,42 +201,42 @@ def without_expectation(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 
 def split_name(name: str | Path) -> tuple[Path, str]:
-    """The file and the row of `table.yaml:row`; a recipe of its own has none."""
+    """Split `table.yaml:row` into file and row; the row of a plain recipe is empty."""
     file, suffix, row = str(name).rpartition(".yaml:")
     return (Path(f"{file}.yaml"), row) if suffix else (Path(name), "")
 
 
 def run_name(name: str | Path) -> str:
-    """What a run of this recipe is called: no other recipe or row has the same."""
+    """Return a unique run name for a recipe or row."""
     file, row = split_name(name)
     return f"{file.stem}_{row}" if row else file.stem
 
 
-def recipes_of(file: Path) -> list[str]:
-    """What `load_recipe` finds in a file: the file itself, or every row of a table."""
+def list_recipes(file: Path) -> list[str]:
+    """List the recipes of a file: the file itself, or every row of a table."""
     given = read_file(file)
     return [f"{file}:{row}" for row in given[ROWS]] if ROWS in given else [str(file)]
 
 
 def read_sections(name: str | Path) -> dict[str, Any]:
-    """The sections of a recipe, unchecked; those of a row are its base's, with its own keys."""
+    """Read the sections of a recipe without checks; a row overrides keys of its base."""
     file, row = split_name(name)
     given = read_file(file)
     if ROWS not in given:
         if row:
             raise ValueError(f"{file} is a recipe, not a table: leave out :{row}")
         return given
-    changes = changes_of_row(given, file, row)
+    changes = row_changes(given, file, row)
     base = read_file(file.parent / str(given[BASE]))
     if ROWS in base:
-        raise ValueError(f"the base of {file} is a table, {given[BASE]}: name a recipe")
+        raise ValueError(f"the base of {file} is a table, {given[BASE]}: use a recipe as base")
     for key, value in changes.items():
         set_key(base, str(key), value, f"{file}, row {row}")
     return base
 
 
-def changes_of_row(table: dict[str, Any], file: Path, row: str) -> dict[str, Any]:
-    """The keys in which a row differs; what is no table or has no such row is refused."""
+def row_changes(table: dict[str, Any], file: Path, row: str) -> dict[str, Any]:
+    """Return the keys in which a row differs from its base; raise if the row does not exist."""
     check_keys(table, [BASE, ROWS], f"the table {file}")
     rows = table[ROWS]
     if not isinstance(rows, dict) or not all(isinstance(keys, dict) for keys in rows.values()):
@@ -248,15 +246,15 @@ def changes_of_row(table: dict[str, Any], file: Path, row: str) -> dict[str, Any
     near = get_close_matches(row, map(str, rows), n=3) or [str(known) for known in rows]
     problem = f"has no row {row!r}" if row else "is a table"
     raise ValueError(
-        f"{file} {problem}: name one of its rows, {listed(f'{file}:{x}' for x in near)}"
+        f"{file} {problem}: choose one of its rows, {format_names(f'{file}:{x}' for x in near)}"
     )
 
 
 def read_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
         known = known_recipes()
-        near = listed(get_close_matches(str(file), known, n=3) or known)
-        raise ValueError(f"there is no recipe {file}; there are {near}")
+        near = format_names(get_close_matches(str(file), known, n=3) or known)
+        raise ValueError(f"there is no recipe {file}; available: {near}")
     given = parse(read_text(file), str(file))
     if not isinstance(given, dict):
         raise ValueError(f"{file} should hold sections: {', '.join(NAMES)}")
@@ -264,13 +262,13 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def known_recipes() -> list[str]:
-    """The recipes and tables of the repository, as seen from here; the shortest paths first."""
+    """List recipes and tables of the repository as relative paths, the shortest first."""
     files = [file for file in CONFIGURATION.rglob("*.yaml") if file.parent.name != "accelerate"]
     return sorted(map(os.path.relpath, files), key=lambda path: (path.count(os.sep), path))
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first few of many names."""
+def format_names(names: Iterable[str], most: int = 5) -> str:
+    """Join the first few of many names."""
     names = list(names)
     return ", ".join(names[:most]) + (f" ... ({len(names)} in all)" if len(names) > most else "")
 
@@ -286,21 +284,21 @@ def apply_change(given: dict[str, Any], change: str) -> None:
     """Set one key of the recipe; the value is YAML."""
     key, equals, value = change.partition("=")
     if not equals:
-        raise ValueError(f"--set {change}: write section.key=value, such as training.steps=100")
+        raise ValueError(f"--set {change}: write section.key=value, for example training.steps=100")
     set_key(given, key.strip(), parse(value, f"--set {change}"), f"--set {change}")
 
 
 def set_key(given: dict[str, Any], key: str, value: Any, where: str) -> None:
     section, dot, name = key.partition(".")
     if not (dot and name):
-        raise ValueError(f"{where}: write section.key=value, such as training.steps=100")
+        raise ValueError(f"{where}: write section.key=value, for example training.steps=100")
     check_keys([section], NAMES, f"{where}: the recipe", complete=False)
     if isinstance(given.setdefault(section, {}), dict):
         given[section][name] = value
 
 
 def check_keys(given: Iterable[str], allowed: Sequence[str], where: str, complete=True) -> None:
-    """Refuse keys that nobody would read and, unless told otherwise, keys that are left out."""
+    """Raise for unknown keys and, if `complete`, for missing keys."""
     given = list(given)
     for key in given:
         if key not in allowed:
@@ -311,22 +309,24 @@ def check_keys(given: Iterable[str], allowed: Sequence[str], where: str, complet
             )
     missing = [key for key in allowed if key not in given]
     if complete and missing:
-        raise ValueError(f"{where} leaves out {', '.join(missing)}: a recipe states every key")
+        raise ValueError(f"{where} lacks {', '.join(missing)}: a recipe states every key")
 
 
 def read_section(kind: Any, given: Mapping[str, Any], name: str) -> Any:
-    """The section as its dataclass, each value of the declared type."""
+    """Convert a section to its dataclass, with values of the declared types."""
     check_keys(given, [field.name for field in fields(kind)], name)
-    return kind(**{f.name: fit(given[f.name], f.type, f"{name}.{f.name}") for f in fields(kind)})
+    return kind(
+        **{f.name: convert_value(given[f.name], f.type, f"{name}.{f.name}") for f in fields(kind)}
+    )
 
 
-def fit(value: Any, kind: Any, key: str) -> Any:
-    """The value as the declared type: 1 is a float too, a single file is a list of one."""
+def convert_value(value: Any, kind: Any, key: str) -> Any:
+    """Convert a value to its declared type: int to float, a single file to a list."""
     if isinstance(kind, UnionType):  # X | None
-        return None if value is None else fit(value, get_args(kind)[0], key)
+        return None if value is None else convert_value(value, get_args(kind)[0], key)
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list) else [value]
-        return tuple(fit(item, str, key) for item in items)
+        return tuple(convert_value(item, str, key) for item in items)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{key} is {value!r}: allowed are {', '.join(get_args(kind))}")
@@ -341,7 +341,7 @@ def fit(value: Any, kind: Any, key: str) -> Any:
 
 
 def check_model(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse fields that the configuration lacks; it checks their values itself."""
+    """Raise for unknown fields; the configuration checks the values."""
     kind = given.get("type")
     known = list(read_systems())
     if kind not in known:
@@ -363,7 +363,7 @@ def make_config(given: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def check_together(recipe: Recipe) -> None:
-    """Refuse what does not go together, or would do nothing."""
+    """Raise for values that conflict or have no effect."""
     data, training, evaluation = recipe.data, recipe.training, recipe.evaluation
     at_least_one = {
         "data.segment_length": data.segment_length,
@@ -382,7 +382,7 @@ def check_together(recipe: Recipe) -> None:
     if data.segment_length % window:
         raise ValueError(
             f"data.segment_length is {data.segment_length}, which is not a multiple of "
-            f"model.window_length, {window}: take {max(1, data.segment_length // window) * window}"
+            f"model.window_length, {window}: use {max(1, data.segment_length // window) * window}"
         )
     if training.log_every > training.steps:
         raise ValueError(
@@ -395,19 +395,19 @@ def check_together(recipe: Recipe) -> None:
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a name is owner/name, and not a folder that is here."""
+    """Tell whether a name is owner/name and not a local folder."""
     return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def check_files(recipe: Recipe) -> None:
-    """Refuse a recipe whose files are not named or not there."""
+    """Raise if files are not named or do not exist."""
     data = recipe.data
     given = {"files": data.files, "test_files": data.test_files}
     if data.validation_files or recipe.training.evaluate_every:
         given["validation_files"] = data.validation_files
     for key, files in given.items():
         if data.source == "files" and not files:
-            raise ValueError(f"data.{key} names no file: add --set data.{key}=PATH")
+            raise ValueError(f"data.{key} is empty: add --set data.{key}=PATH")
         if data.source != "files" and files:
             raise ValueError(f"data.{key} is given, but data.source is {data.source}, not files")
     if data.source not in ("files", "standard_library") and "/" not in data.source:
@@ -424,13 +424,13 @@ def check_files(recipe: Recipe) -> None:
     if path is not None and not (Path(path).exists() or is_on_hub(path)):
         raise ValueError(
             f"tokenizer.path is {path}, which does not exist: "
-            "name a folder, or a tokenizer of the Hub, owner/name"
+            "pass a folder, or a tokenizer of the Hub as owner/name"
         )
-    check_documents_there(recipe)
+    check_files_exist(recipe)
 
 
-def check_documents_there(recipe: Recipe) -> None:
-    """Look for the files before any work is done; none of them is read."""
+def check_files_exist(recipe: Recipe) -> None:
+    """Check that the files exist, without reading them."""
     recipe.documents("train")
     recipe.documents("test")
     if recipe.training.evaluate_every:

@@ -1,8 +1,8 @@
-"""Set how long an OpenMP thread without work spins before it sleeps. Import this before torch.
+"""Set how long idle OpenMP threads spin before they sleep. Import this module before torch.
 
-GNU's OpenMP, which torch uses on a CPU under Linux, reads `GOMP_SPINCOUNT` once, when torch is
-loaded. A spinning thread starts sooner and keeps its core from other programs.
-`benchmarks/openmp.py` measures both; a value in the environment is kept.
+GNU OpenMP, which torch uses on CPUs under Linux, reads `GOMP_SPINCOUNT` once, when torch is loaded.
+A spinning thread reacts faster, but blocks its core for other programs.
+`benchmarks/openmp.py` measures both. A value set in the environment takes precedence.
 """
 
 import os

@@ -1,15 +1,14 @@
-"""Perplexity per word of a corpus, as a metric of Hugging Face's `evaluate`.
+"""A metric for Hugging Face's `evaluate`: perplexity per word of a corpus.
 
     metric = evaluate.load(melodi_hf.evaluation.WORD_PERPLEXITY)  # the folder of this file
-    metric.add_batch(nll=[5210.3, 8711.9], words=[1012, 1705])  # a number for each document
+    metric.add_batch(nll=[5210.3, 8711.9], words=[1012, 1705])  # one number per document
     metric.compute()  # {"word_perplexity": 168.02...}
 
-The convention of PG-19 (Rae et al., 2020): the negative log-likelihoods of all tokens of all
-documents, in nats, divided by the words of all documents, pieces between whitespace
-(`len(text.split())`), whatever the tokens are; then the exponential. So models of different
-tokenizers can be compared. It is not the mean of the documents' perplexities.
+The definition of PG-19 (Rae et al., 2020): exp of the total negative log-likelihood of all
+documents (in nats) divided by their total number of words (`len(text.split())`). It does not depend
+on the tokenizer. It is not the mean of the documents' perplexities.
 
-This file stands alone: `evaluate` copies it, and our package need not be installed.
+`evaluate` copies this file, so it must not import melodi_hf.
 """
 
 import math
@@ -28,8 +27,8 @@ CITATION = """
 
 INPUTS = """
 Args:
-    nll: for each document the sum over its tokens of -ln p(token), in nats.
-    words: for each document its words, `len(text.split())`.
+    nll: for each document, the sum of -ln p(token) over its tokens, in nats.
+    words: for each document, the number of words, `len(text.split())`.
 Returns:
     word_perplexity: exp(sum of nll / sum of words).
 """
@@ -40,7 +39,7 @@ class WordPerplexity(evaluate.Metric):
 
     def _info(self):
         return evaluate.MetricInfo(
-            description="Perplexity per word of a corpus, by the convention of PG-19.",
+            description="Perplexity per word of a corpus, as defined by PG-19.",
             citation=CITATION,
             inputs_description=INPUTS,
             features=datasets.Features(
@@ -51,5 +50,5 @@ class WordPerplexity(evaluate.Metric):
     def _compute(self, nll, words):
         total = sum(words)
         if total < 1 or min(words) < 0:
-            raise ValueError(f"the documents have {total} words together: give 1 or more")
+            raise ValueError(f"the documents have {total} words in total: pass at least 1")
         return {"word_perplexity": math.exp(math.fsum(nll) / total)}
